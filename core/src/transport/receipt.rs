@@ -1,0 +1,162 @@
+//! The broker's answer to a published message.
+
+use crate::{Error, ErrorKind};
+use parking_lot::Mutex;
+use std::fmt;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use tokio::sync::Semaphore;
+
+/// What is known of a message whose publish failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The broker does not have it.
+    NotPersisted,
+    /// The broker may have it: sending it again may make a duplicate.
+    PossiblyPersisted,
+}
+
+/// Why a message was not confirmed, and what is known of it.
+#[derive(Debug)]
+pub struct PublishFailure {
+    /// What is known of the message.
+    pub fate: Fate,
+    /// Why; a transient error lets core send it again.
+    pub error: Error,
+}
+
+/// The duty to answer for one message: by value, exactly once, from any thread.
+///
+/// Dropped unanswered, it says *possibly persisted*. Answering wakes whoever published, takes no lock of the
+/// transport and is allowed while the transport holds its own.
+pub struct Receipt {
+    flight: Option<Arc<Flight>>,
+    index: u32,
+}
+
+impl Receipt {
+    /// The broker has taken responsibility for the message.
+    pub fn confirm(mut self) {
+        self.answer(None);
+    }
+
+    /// The message was not confirmed.
+    pub fn fail(mut self, fate: Fate, error: Error) {
+        self.answer(Some(PublishFailure { fate, error }));
+    }
+
+    /// Whether nobody waits for the answer any more. A message that was not sent yet may then be dropped.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        self.flight.as_ref().is_none_or(|flight| flight.state.lock().abandoned)
+    }
+
+    fn answer(&mut self, failure: Option<PublishFailure>) {
+        if let Some(flight) = self.flight.take() {
+            flight.answer(self.index, failure);
+        }
+    }
+}
+
+impl Drop for Receipt {
+    fn drop(&mut self) {
+        if self.flight.is_some() {
+            let error = Error::new(ErrorKind::Internal, "the transport dropped the message without an answer");
+            self.answer(Some(PublishFailure { fate: Fate::PossiblyPersisted, error: error.with_transient(true) }));
+        }
+    }
+}
+
+impl fmt::Debug for Receipt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Receipt").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// Messages submitted together, waiting for their answers; one allocation for all of them.
+pub(crate) struct Flight {
+    state: Mutex<FlightState>,
+    /// Each answer gives one permit of the publishing window back.
+    window: Arc<Semaphore>,
+}
+
+struct FlightState {
+    unanswered: usize,
+    abandoned: bool,
+    failures: Vec<(u32, PublishFailure)>,
+    waker: Option<Waker>,
+}
+
+impl Flight {
+    /// A flight of `count` messages, each of which holds one permit of `window`.
+    pub(crate) fn new(count: usize, window: Arc<Semaphore>) -> Arc<Self> {
+        let state = FlightState { unanswered: count, abandoned: false, failures: Vec::new(), waker: None };
+        Arc::new(Self { state: Mutex::new(state), window })
+    }
+
+    pub(crate) fn receipt(self: &Arc<Self>, index: u32) -> Receipt {
+        Receipt { flight: Some(Arc::clone(self)), index }
+    }
+
+    /// Ready with the failures, by index, when all have been answered.
+    pub(crate) fn poll_answers(&self, cx: &mut Context<'_>) -> Poll<Vec<(u32, PublishFailure)>> {
+        let mut state = self.state.lock();
+        if state.unanswered == 0 {
+            return Poll::Ready(std::mem::take(&mut state.failures));
+        }
+        if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            state.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Nobody waits any more; says how many are unanswered.
+    pub(crate) fn abandon(&self) -> usize {
+        let mut state = self.state.lock();
+        state.abandoned = true;
+        state.waker = None;
+        state.unanswered
+    }
+
+    fn answer(&self, index: u32, failure: Option<PublishFailure>) {
+        let mut state = self.state.lock();
+        state.unanswered -= 1;
+        state.failures.extend(failure.map(|failure| (index, failure)));
+        let waker = if state.unanswered == 0 { state.waker.take() } else { None };
+        drop(state);
+        self.window.add_permits(1);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+
+    #[tokio::test]
+    async fn names_by_index_what_failed_and_returns_each_permit() {
+        let window = Arc::new(Semaphore::new(0));
+        let flight = Flight::new(3, Arc::clone(&window));
+        let [a, b, c] = [0, 1, 2].map(|index| flight.receipt(index));
+        c.confirm();
+        assert_eq!(window.available_permits(), 1);
+        b.fail(Fate::NotPersisted, Error::new(ErrorKind::Full, "full"));
+        drop(a);
+        let failures = poll_fn(|cx| flight.poll_answers(cx)).await;
+        let seen: Vec<_> = failures.iter().map(|(i, f)| (*i, f.fate)).collect();
+        assert_eq!(seen, [(1, Fate::NotPersisted), (0, Fate::PossiblyPersisted)]);
+        assert_eq!(window.available_permits(), 3);
+    }
+
+    #[test]
+    fn tells_the_transport_when_nobody_waits() {
+        let flight = Flight::new(1, Arc::new(Semaphore::new(0)));
+        let receipt = flight.receipt(0);
+        assert!(!receipt.is_abandoned());
+        assert_eq!(flight.abandon(), 1);
+        assert!(receipt.is_abandoned());
+    }
+}
