@@ -1,5 +1,6 @@
 //! One opaque error for everything: what failed, where, and whether trying again may help.
 
+use crate::transport::Fate;
 use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
@@ -106,6 +107,7 @@ struct Inner {
     message: Cow<'static, str>,
     operation: Option<&'static str>,
     transport: Option<&'static str>,
+    fate: Option<Fate>,
     context: Vec<(&'static str, String)>,
     source: Option<BoxError>,
 }
@@ -119,6 +121,7 @@ impl Error {
             message: message.into(),
             operation: None,
             transport: None,
+            fate: None,
             context: Vec::new(),
             source: None,
         }))
@@ -157,6 +160,19 @@ impl Error {
     pub fn with_transient(mut self, transient: bool) -> Self {
         self.0.transient = transient;
         self
+    }
+
+    /// Says what is known of the message that could not be published.
+    #[must_use]
+    pub(crate) fn with_fate(mut self, fate: Fate) -> Self {
+        self.0.fate = Some(fate);
+        self
+    }
+
+    /// Whether the broker may have the message all the same, so that publishing it again may make a duplicate.
+    #[must_use]
+    pub fn possibly_persisted(&self) -> bool {
+        self.0.fate == Some(Fate::PossiblyPersisted)
     }
 
     /// What kind of failure this is.

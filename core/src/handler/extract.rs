@@ -38,7 +38,8 @@ impl Setup<'_> {
     /// # Errors
     /// [`ErrorKind::Config`] in a handler of batches.
     pub fn needs_one_message(&self, extractor: &'static str) -> Result<()> {
-        let error = || Error::new(ErrorKind::Config, format!("`{extractor}` tells of one message and a batch has many"));
+        let error =
+            || Error::new(ErrorKind::Config, format!("`{extractor}` tells of one message and a batch has many"));
         if self.batch { Err(error()) } else { Ok(()) }
     }
 }

@@ -5,8 +5,10 @@ mod extract;
 mod outcome;
 
 pub use error::HandlerError;
+pub(crate) use error::Verdict;
 pub use extract::{Attempt, Context, Extract, Metadata, Setup, State};
 pub(crate) use extract::{Scope, States};
+pub(crate) use outcome::encode;
 pub use outcome::{IntoOutcome, Outputs};
 
 use crate::service::worker::Worker;
@@ -194,8 +196,7 @@ where
     fn work(self: Arc<Self>, mut worker: Worker) -> BoxFuture<()> {
         Box::pin(async move {
             while let Some(run) = worker.next().await {
-                let args = run.build(|messages, cx| A::build(messages, cx));
-                worker.run(run, args.map(|args| self.handler.call(args))).await;
+                worker.run(run, |messages, cx| A::build(messages, cx).map(|args| self.handler.call(args))).await;
             }
         })
     }

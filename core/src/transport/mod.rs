@@ -6,12 +6,10 @@
 
 mod acker;
 mod prefix;
-mod receipt;
 
+pub use crate::publish::flight::{Fate, PublishFailure, Receipt};
 pub use acker::{ABANDONED_BACKOFF, Acker, Lease, Settle, Settlement, Tag};
 pub use prefix::PrefixTracker;
-pub(crate) use receipt::Flight;
-pub use receipt::{Fate, PublishFailure, Receipt};
 
 use crate::events::Events;
 use crate::{Error, Message, Result, SubscriptionName, Topic, TopicPattern};

@@ -1,5 +1,6 @@
 //! The broker's answer to a published message.
 
+use super::gate::Pass;
 use crate::{Error, ErrorKind};
 use parking_lot::Mutex;
 use std::fmt;
@@ -73,25 +74,33 @@ impl fmt::Debug for Receipt {
     }
 }
 
-/// Messages submitted together, waiting for their answers; one allocation for all of them.
+/// Up to 64 messages submitted together, waiting for their answers; one allocation for all of them.
 pub(crate) struct Flight {
-    state: Mutex<FlightState>,
-    /// Each answer gives one permit of the publishing window back.
+    state: Mutex<State>,
+    /// Each answer gives one permit of the window back.
     window: Arc<Semaphore>,
+    /// The keys of these messages stay closed until all have been answered, even if nobody waits any more.
+    _passes: Option<Arc<Vec<Pass>>>,
 }
 
-struct FlightState {
-    unanswered: usize,
+struct State {
+    /// One bit for each message.
+    unanswered: u64,
     abandoned: bool,
-    failures: Vec<(u32, PublishFailure)>,
+    failures: Vec<(usize, PublishFailure)>,
     waker: Option<Waker>,
 }
 
 impl Flight {
+    /// The most messages in one flight.
+    pub(crate) const MAX: usize = 64;
+
     /// A flight of `count` messages, each of which holds one permit of `window`.
-    pub(crate) fn new(count: usize, window: Arc<Semaphore>) -> Arc<Self> {
-        let state = FlightState { unanswered: count, abandoned: false, failures: Vec::new(), waker: None };
-        Arc::new(Self { state: Mutex::new(state), window })
+    pub(crate) fn new(count: usize, window: Arc<Semaphore>, passes: Option<Arc<Vec<Pass>>>) -> Arc<Self> {
+        debug_assert!((1..=Self::MAX).contains(&count));
+        let unanswered = u64::MAX >> (Self::MAX - count);
+        let state = State { unanswered, abandoned: false, failures: Vec::new(), waker: None };
+        Arc::new(Self { state: Mutex::new(state), window, _passes: passes })
     }
 
     pub(crate) fn receipt(self: &Arc<Self>, index: u32) -> Receipt {
@@ -99,7 +108,7 @@ impl Flight {
     }
 
     /// Ready with the failures, by index, when all have been answered.
-    pub(crate) fn poll_answers(&self, cx: &mut Context<'_>) -> Poll<Vec<(u32, PublishFailure)>> {
+    pub(crate) fn poll_answers(&self, cx: &mut Context<'_>) -> Poll<Vec<(usize, PublishFailure)>> {
         let mut state = self.state.lock();
         if state.unanswered == 0 {
             return Poll::Ready(std::mem::take(&mut state.failures));
@@ -110,18 +119,19 @@ impl Flight {
         Poll::Pending
     }
 
-    /// Nobody waits any more; says how many are unanswered.
-    pub(crate) fn abandon(&self) -> usize {
+    /// Nobody waits any more. Returns what failed, and who was not answered.
+    pub(crate) fn abandon(&self) -> (Vec<(usize, PublishFailure)>, impl Iterator<Item = usize> + use<>) {
         let mut state = self.state.lock();
         state.abandoned = true;
         state.waker = None;
-        state.unanswered
+        let unanswered = state.unanswered;
+        (std::mem::take(&mut state.failures), (0..Self::MAX).filter(move |index| unanswered & (1 << index) != 0))
     }
 
     fn answer(&self, index: u32, failure: Option<PublishFailure>) {
         let mut state = self.state.lock();
-        state.unanswered -= 1;
-        state.failures.extend(failure.map(|failure| (index, failure)));
+        state.unanswered &= !(1 << index);
+        state.failures.extend(failure.map(|failure| (index as usize, failure)));
         let waker = if state.unanswered == 0 { state.waker.take() } else { None };
         drop(state);
         self.window.add_permits(1);
@@ -139,7 +149,7 @@ mod tests {
     #[tokio::test]
     async fn names_by_index_what_failed_and_returns_each_permit() {
         let window = Arc::new(Semaphore::new(0));
-        let flight = Flight::new(3, Arc::clone(&window));
+        let flight = Flight::new(3, Arc::clone(&window), None);
         let [a, b, c] = [0, 1, 2].map(|index| flight.receipt(index));
         c.confirm();
         assert_eq!(window.available_permits(), 1);
@@ -152,11 +162,14 @@ mod tests {
     }
 
     #[test]
-    fn tells_the_transport_when_nobody_waits() {
-        let flight = Flight::new(1, Arc::new(Semaphore::new(0)));
-        let receipt = flight.receipt(0);
-        assert!(!receipt.is_abandoned());
-        assert_eq!(flight.abandon(), 1);
-        assert!(receipt.is_abandoned());
+    fn tells_the_transport_when_nobody_waits_and_the_caller_who_was_not_answered() {
+        let flight = Flight::new(64, Arc::new(Semaphore::new(0)), None);
+        let receipts: Vec<_> = (0..64).map(|index| flight.receipt(index)).collect();
+        let mut rest = receipts.into_iter();
+        rest.by_ref().take(62).for_each(Receipt::confirm);
+        let waiting: Vec<_> = rest.collect();
+        assert!(waiting.iter().all(|receipt| !receipt.is_abandoned()));
+        assert_eq!(flight.abandon().1.collect::<Vec<_>>(), [62, 63]);
+        assert!(waiting.iter().all(Receipt::is_abandoned));
     }
 }
