@@ -1,1 +1,62 @@
-//! Tidings.
+//! Codecs of Tidings: bytes to value and back, named by content type.
+//!
+//! `#[derive(Event)]` makes an event call [`encode`] and [`decode`], which choose among the codecs
+//! that are compiled in: [`Json`] (feature `json`) and [`MessagePack`] (feature `msgpack`).
+//!
+//! What holds for each codec:
+//!
+//! - Arrays and maps nest at most [`MAX_DEPTH`] deep, in what is written and in what is read, fields that the
+//!   type ignores included. No payload overflows the stack.
+//! - A payload is one value; bytes after it are refused.
+//! - What cannot be read back as it was is refused when it is written: a float that is not finite in JSON,
+//!   which would become `null`.
+//! - An error tells what was expected, and where if the codec knows, and never what was there: neither
+//!   payload nor field values. Names of fields and types that the program's own types declare are told.
+//! - The size of a payload is not limited here; core does that before it decodes.
+//!
+//! To encode, a value is serialized twice, the first time into nothing, to check it; so
+//! [`Serialize`](serde::Serialize) must not consume what it writes.
+
+#[cfg(any(feature = "json", feature = "msgpack"))]
+mod buffer;
+mod codec;
+mod content_type;
+#[cfg(any(feature = "json", feature = "msgpack"))]
+mod encodable;
+#[cfg(any(feature = "json", feature = "msgpack"))]
+mod error;
+#[cfg(feature = "json")]
+mod json;
+#[cfg(feature = "msgpack")]
+mod msgpack;
+#[cfg(feature = "schema")]
+pub mod schema;
+
+pub use codec::{CONTENT_TYPES, Codec, decode, encode};
+#[cfg(feature = "json")]
+pub use json::Json;
+#[cfg(feature = "msgpack")]
+pub use msgpack::MessagePack;
+
+/// How deep arrays and maps may nest in a payload: `[[1]]` is 2 deep.
+///
+/// Readers of JSON and MessagePack recurse; this keeps them far from the end of a thread's stack.
+pub const MAX_DEPTH: usize = 64;
+
+/// For the code that `#[derive(Event)]` writes, and for nothing else.
+#[doc(hidden)]
+pub mod private {
+    pub use bytes::Bytes;
+    pub use serde::{Serialize, de::DeserializeOwned};
+
+    /// Whether two names are the same, at compile time.
+    #[must_use]
+    pub const fn same(a: &str, b: &str) -> bool {
+        let (a, b) = (a.as_bytes(), b.as_bytes());
+        let mut i = 0;
+        while i < a.len() && i < b.len() && a[i] == b[i] {
+            i += 1;
+        }
+        i == a.len() && i == b.len()
+    }
+}
