@@ -46,6 +46,7 @@ pub const MAX_DEPTH: usize = 64;
 /// For the code that `#[derive(Event)]` writes, and for nothing else.
 #[doc(hidden)]
 pub mod private {
+    pub use crate::__if_schema as if_schema;
     pub use bytes::Bytes;
     pub use serde::{Serialize, de::DeserializeOwned};
 
@@ -59,4 +60,20 @@ pub mod private {
         }
         i == a.len() && i == b.len()
     }
+}
+
+/// Keeps what it is given if schemas are compiled in, which only this crate knows.
+#[cfg(feature = "schema")]
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __if_schema {
+    ($($item:tt)*) => { $($item)* };
+}
+
+/// Drops what it is given if schemas are not compiled in, which only this crate knows.
+#[cfg(not(feature = "schema"))]
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __if_schema {
+    ($($item:tt)*) => {};
 }

@@ -457,7 +457,6 @@ mod errors {
 
     #[derive(Debug, Serialize, Deserialize)]
     #[serde(deny_unknown_fields)]
-    #[expect(dead_code, reason = "only decoded")]
     struct Strict {
         count: u8,
         choice: Option<Choice>,
