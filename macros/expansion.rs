@@ -18,13 +18,13 @@ impl ::tidings::Event for OrderPlaced {
         <::tidings::codecs::MessagePack as ::tidings::codecs::Codec>::CONTENT_TYPE,
     );
     fn key(&self) -> ::core::option::Option<::tidings::Key> {
-        ::tidings::ToKey::to_key(&self.customer.id)
+        <_ as ::tidings::ToKey>::to_key(&self.customer.id)
     }
     fn encode(
         &self,
         content_type: &str,
     ) -> ::tidings::Result<::tidings::codecs::private::Bytes> {
-        ::tidings::codecs::encode(self, content_type)
+        <Self as ::tidings::codecs::private::Contract>::encode(self, content_type)
     }
     fn decode(
         content_type: &str,
@@ -32,14 +32,14 @@ impl ::tidings::Event for OrderPlaced {
         payload: &[u8],
     ) -> ::tidings::Result<Self> {
         if version <= <OrderPlacedV1 as ::tidings::Event>::VERSION {
-            return <OrderPlacedV1 as ::tidings::Event>::decode(
-                    content_type,
-                    version,
-                    payload,
-                )
-                .map(<Self as ::core::convert::From<OrderPlacedV1>>::from);
+            let old = <OrderPlacedV1 as ::tidings::Event>::decode(
+                content_type,
+                version,
+                payload,
+            )?;
+            return ::core::result::Result::Ok(::core::convert::Into::into(old));
         }
-        ::tidings::codecs::decode(content_type, payload)
+        <Self as ::tidings::codecs::private::Contract>::decode(content_type, payload)
     }
 }
 const _: () = {

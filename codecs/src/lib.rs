@@ -6,7 +6,8 @@
 //! What holds for each codec:
 //!
 //! - Arrays and maps nest at most [`MAX_DEPTH`] deep, in what is written and in what is read, fields that the
-//!   type ignores included. No payload overflows the stack.
+//!   type ignores included. So no payload overflows the stack, except of a type that holds itself without an array
+//!   or map between, such as `struct Wrap(Option<Box<Wrap>>)`: serde follows such a type without reading on.
 //! - A payload is one value; bytes after it are refused.
 //! - What cannot be read back as it was is refused when it is written: a float that is not finite in JSON,
 //!   which would become `null`.
@@ -48,7 +49,39 @@ pub const MAX_DEPTH: usize = 64;
 pub mod private {
     pub use crate::__if_schema as if_schema;
     pub use bytes::Bytes;
-    pub use serde::{Serialize, de::DeserializeOwned};
+    use serde::{Serialize, de::DeserializeOwned};
+    use tidings_core::Result;
+
+    /// What an event must be for the codecs. That serde knows it, said so that a missing derive is one error.
+    #[diagnostic::on_unimplemented(
+        message = "`{Self}` is an event, but serde cannot write and read it",
+        label = "serde cannot write and read this",
+        note = "add `#[derive(Serialize, Deserialize)]` to it, both of the crate `serde`"
+    )]
+    pub trait Contract: Sized {
+        /// Writes it.
+        ///
+        /// # Errors
+        /// As [`encode`](crate::encode).
+        fn encode(&self, content_type: &str) -> Result<Bytes>;
+
+        /// Reads it.
+        ///
+        /// # Errors
+        /// As [`decode`](crate::decode).
+        fn decode(content_type: &str, payload: &[u8]) -> Result<Self>;
+    }
+
+    #[diagnostic::do_not_recommend]
+    impl<T: Serialize + DeserializeOwned> Contract for T {
+        fn encode(&self, content_type: &str) -> Result<Bytes> {
+            crate::encode(self, content_type)
+        }
+
+        fn decode(content_type: &str, payload: &[u8]) -> Result<Self> {
+            crate::decode(content_type, payload)
+        }
+    }
 
     /// Whether two names are the same, at compile time.
     #[must_use]

@@ -76,7 +76,8 @@ fn unreadable(cause: &decode::Error) -> String {
 
 /// Checks that `payload` is exactly one value, whole, at most [`MAX_DEPTH`] deep; else why not, and at which byte.
 ///
-/// The reader's own limit does not count the levels of nested enums, and the reader takes trailing bytes.
+/// The reader's own limit does not count the levels of nested enums (3Hren/msgpack-rust#381), and the reader takes
+/// trailing bytes.
 fn check(payload: &[u8]) -> Result<(), (&'static str, usize)> {
     // How many values are still to come: in the innermost array or map (at first, the payload), and in those around it.
     let (mut left, mut outer) = (1, [0; MAX_DEPTH]);

@@ -1,7 +1,7 @@
 //! Writes the impl of an event.
 
-use crate::validate::{Codec, Event, Key};
-use proc_macro2::TokenStream;
+use crate::validate::{Event, Key};
+use proc_macro2::{Span, TokenStream};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::spanned::Spanned;
 use syn::{Generics, Member, parse_quote};
@@ -22,9 +22,8 @@ fn event_impl(event: &Event<'_>) -> TokenStream {
     let key = key(event);
     let content_type = content_type(event);
     let upcast = upcast(event);
-    // So that a missing derive of serde is shown at the type.
-    let encode = quote_spanned!(ident.span()=> #tidings::codecs::encode);
-    let decode = quote_spanned!(ident.span()=> #tidings::codecs::decode);
+    // At the type, where a missing derive of serde is shown, and twice the same, so that it is shown once.
+    let contract = quote_spanned!(ident.span()=> <Self as #tidings::codecs::private::Contract>);
     quote! {
         #[automatically_derived]
         impl #impl_generics #tidings::Event for #ident #ty_generics #where_clause {
@@ -39,12 +38,12 @@ fn event_impl(event: &Event<'_>) -> TokenStream {
             }
 
             fn encode(&self, content_type: &str) -> #tidings::Result<#tidings::codecs::private::Bytes> {
-                #encode(self, content_type)
+                #contract::encode(self, content_type)
             }
 
             fn decode(content_type: &str, version: u32, payload: &[u8]) -> #tidings::Result<Self> {
                 #upcast
-                #decode(content_type, payload)
+                #contract::decode(content_type, payload)
             }
         }
     }
@@ -55,10 +54,9 @@ fn bounded(event: &Event<'_>) -> Generics {
     let mut generics = event.generics.clone();
     if !generics.params.is_empty() {
         let Event { ident, tidings, .. } = event;
-        let private = quote!(#tidings::codecs::private);
         let (_, ty_generics, _) = event.generics.split_for_impl();
         generics.make_where_clause().predicates.push(parse_quote! {
-            #ident #ty_generics: #private::Serialize + #private::DeserializeOwned + ::core::marker::Send + 'static
+            #ident #ty_generics: #tidings::codecs::private::Contract + ::core::marker::Send + 'static
         });
     }
     generics
@@ -67,28 +65,21 @@ fn bounded(event: &Event<'_>) -> Generics {
 fn key(event: &Event<'_>) -> TokenStream {
     let Some(Key { path, variants }) = &event.key else { return quote!(::core::option::Option::None) };
     let tidings = &event.tidings;
-    let to_key = |field: TokenStream| {
-        // At the field, where a type that cannot be a key is shown.
-        let span = path.last().map_or(event.ident.span(), Member::span);
-        quote_spanned!(span=> #tidings::ToKey::to_key(&#field))
-    };
+    // At the field, where a type that cannot be a key is shown.
+    let span = path.last().map_or(event.ident.span(), Member::span).resolved_at(Span::call_site());
     if variants.is_empty() {
-        return to_key(quote!(self #(.#path)*));
+        return quote_spanned!(span=> <_ as #tidings::ToKey>::to_key(&self #(.#path)*));
     }
     let (first, rest) = (&path[0], &path[1..]);
-    let to_key = to_key(quote!((*__key) #(.#rest)*));
-    quote! { match self { #(Self::#variants { #first: __key, .. } => #to_key,)* } }
+    let to_key = quote_spanned!(span=> <_ as #tidings::ToKey>::to_key(&(*__key) #(.#rest)*));
+    quote_spanned!(span=> match self { #(Self::#variants { #first: __key, .. } => #to_key,)* })
 }
 
 fn content_type(event: &Event<'_>) -> TokenStream {
-    let tidings = &event.tidings;
+    let Event { tidings, codec, .. } = event;
+    let Some(codec) = codec else { return quote!(::core::option::Option::None) };
     // By its type, so that a codec that is not compiled in is an error that names its feature.
-    let codec = match event.codec {
-        None => return quote!(::core::option::Option::None),
-        Some(Codec::Json) => quote!(#tidings::codecs::Json),
-        Some(Codec::MessagePack) => quote!(#tidings::codecs::MessagePack),
-    };
-    quote!(::core::option::Option::Some(<#codec as #tidings::codecs::Codec>::CONTENT_TYPE))
+    quote!(::core::option::Option::Some(<#tidings::codecs::#codec as #tidings::codecs::Codec>::CONTENT_TYPE))
 }
 
 /// Reads what is as old as the version before, or older, as that; it reads its own older ones the same way.
@@ -100,11 +91,12 @@ fn upcast(event: &Event<'_>) -> TokenStream {
         let check = is_upcast(event, &quote!(Self));
         quote!(const { #check })
     });
-    let convert = quote_spanned!(from.span()=> <Self as ::core::convert::From<#from>>::from);
+    let convert = quote_spanned!(from.span()=> ::core::convert::Into::into(old));
     quote! {
         #check
         if version <= <#from as #tidings::Event>::VERSION {
-            return <#from as #tidings::Event>::decode(content_type, version, payload).map(#convert);
+            let old = <#from as #tidings::Event>::decode(content_type, version, payload)?;
+            return ::core::result::Result::Ok(#convert);
         }
     }
 }

@@ -10,14 +10,17 @@ pub(crate) fn check(what: &str, literal: &LitStr) -> Result<()> {
     let name = literal.value();
     match flaw(&name) {
         None => Ok(()),
-        Some(why) => Err(Error::new(literal.span(), format!("{what} `{name}`: {why}{}", remedy(&name)))),
+        Some(why) => {
+            let shown: String = name.chars().take(80).collect();
+            Err(Error::new(literal.span(), format!("{what} `{shown}`: {why}{}", remedy(&name))))
+        }
     }
 }
 
 /// Why `name` is none, if so.
 fn flaw(name: &str) -> Option<&'static str> {
     if name.is_empty() {
-        Some("it is empty")
+        Some("it is empty; tokens are joined by dots, as in `shop.order.placed`")
     } else if name.len() > MAX_NAME {
         Some("it is longer than 200 bytes")
     } else if name.split('.').all(is_token) {
@@ -26,6 +29,8 @@ fn flaw(name: &str) -> Option<&'static str> {
         Some("names that begin with `_` are reserved for what Tidings makes itself")
     } else if name.split('.').any(str::is_empty) {
         Some("it has an empty token; dots stand between tokens only")
+    } else if name.contains(['*', '>']) {
+        Some("wildcards are for the patterns of subscriptions")
     } else {
         Some("tokens may hold only a-z, 0-9 and `-`, joined by dots, as in `shop.order.placed`")
     }

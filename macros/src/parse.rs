@@ -1,7 +1,9 @@
 //! Reads `#[event(..)]`.
 
+use proc_macro2::TokenTree;
+use quote::ToTokens;
 use syn::meta::ParseNestedMeta;
-use syn::parse::ParseStream;
+use syn::parse::{Parse, ParseStream};
 use syn::{Attribute, DeriveInput, Error, Index, Lit, LitFloat, LitInt, LitStr, Member, Path, Result, Token, Type};
 
 /// What stands in `#[event(..)]`, as it stands there.
@@ -44,16 +46,22 @@ impl Attributes {
     }
 
     fn upcast(&mut self, meta: &ParseNestedMeta<'_>) -> Result<()> {
-        let mut read = false;
+        let expected = "`upcast` takes `from`, as in `upcast(from = OrderPlacedV1)`";
+        if !is_list_with_something(meta.input) {
+            return Err(meta.error(expected));
+        }
         meta.parse_nested_meta(|inner| {
-            read = true;
             if inner.path.is_ident("from") {
-                return once(&inner, &mut self.upcast_from, |v| v.parse());
+                once(&inner, &mut self.upcast_from, |v| v.call(Type::parse))
+            } else {
+                Err(inner.error(expected))
             }
-            Err(inner.error("`upcast` takes `from`, as in `upcast(from = OrderPlacedV1)`"))
-        })?;
-        if read { Ok(()) } else { Err(meta.error("say from which type, as in `upcast(from = OrderPlacedV1)`")) }
+        })
     }
+}
+
+fn is_list_with_something(input: ParseStream<'_>) -> bool {
+    matches!(input.cursor().token_tree(), Some((TokenTree::Group(group), _)) if !group.stream().is_empty())
 }
 
 fn unknown(meta: &ParseNestedMeta<'_>) -> Error {
@@ -66,10 +74,12 @@ fn once<T>(
     place: &mut Option<T>,
     read: impl FnOnce(ParseStream<'_>) -> Result<T>,
 ) -> Result<()> {
+    let what = meta.path.to_token_stream();
     if place.is_some() {
-        return Err(meta.error("this is set twice; remove one"));
+        return Err(meta.error(format!("`{what}` is set twice; remove one")));
     }
-    *place = Some(read(meta.value()?)?);
+    let value = meta.value().map_err(|_| meta.error(format!("`{what}` needs a value: `{what} = ..`")))?;
+    *place = Some(read(value)?);
     Ok(())
 }
 
@@ -80,6 +90,9 @@ fn text(value: ParseStream<'_>, expected: &str) -> Result<LitStr> {
 fn number(value: ParseStream<'_>) -> Result<LitInt> {
     value.parse().map_err(|e| Error::new(e.span(), "`version` is a whole number from 1 on, as in `version = 2`"))
 }
+
+const NOT_A_FIELD: &str = "`key` is a field, as in `key = order_id`, `key = customer.id` or `key = 0`; \
+                           for another key, implement `ToKey` for the type of a field";
 
 /// `order_id`, `customer.id`, `0` or `0.1`.
 fn field_path(value: ParseStream<'_>) -> Result<Vec<Member>> {
@@ -93,10 +106,10 @@ fn field_path(value: ParseStream<'_>) -> Result<Vec<Member>> {
             }
             _ => path.push(value.parse().map_err(|e| not_a_field(value, &e))?),
         }
-        if !value.peek(Token![.]) {
+        if value.is_empty() || value.peek(Token![,]) {
             return Ok(path);
         }
-        value.parse::<Token![.]>()?;
+        value.parse::<Token![.]>().map_err(|e| Error::new(e.span(), NOT_A_FIELD))?;
     }
 }
 
@@ -105,14 +118,14 @@ fn two_indices(float: &LitFloat) -> Result<[Member; 2]> {
     let (first, second) = float.base10_digits().split_once('.').unwrap_or_default();
     match (index(first), index(second)) {
         (Ok(first), Ok(second)) => Ok([first, second]),
-        _ => Err(Error::new(float.span(), "`key` is a field, as in `key = order_id` or `key = 0`")),
+        _ => Err(Error::new(float.span(), NOT_A_FIELD)),
     }
 }
 
 fn not_a_field(value: ParseStream<'_>, cause: &Error) -> Error {
     let message = match value.fork().parse::<LitStr>() {
         Ok(quoted) => format!("`key` is a field and not text: write `key = {}`", quoted.value()),
-        Err(_) => "`key` is a field, as in `key = order_id` or `key = 0`".to_owned(),
+        Err(_) => NOT_A_FIELD.to_owned(),
     };
     Error::new(cause.span(), message)
 }

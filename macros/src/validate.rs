@@ -15,7 +15,8 @@ pub(crate) struct Event<'a> {
     pub(crate) topic: LitStr,
     pub(crate) version: u32,
     pub(crate) key: Option<Key<'a>>,
-    pub(crate) codec: Option<Codec>,
+    /// The type of its codec, at the place of its name.
+    pub(crate) codec: Option<Ident>,
     pub(crate) upcast_from: Option<Type>,
 }
 
@@ -25,13 +26,6 @@ pub(crate) struct Key<'a> {
     pub(crate) path: Vec<Member>,
     /// The variants of an enum; none in a struct.
     pub(crate) variants: Vec<&'a Ident>,
-}
-
-/// The codecs an event may choose.
-#[derive(Clone, Copy)]
-pub(crate) enum Codec {
-    Json,
-    MessagePack,
 }
 
 impl<'a> Event<'a> {
@@ -104,12 +98,13 @@ fn upcast(from: Type, version: u32) -> Result<Type> {
     Ok(from)
 }
 
-fn codec(name: &LitStr) -> Result<Codec> {
-    match name.value().as_str() {
-        "json" => Ok(Codec::Json),
-        "msgpack" => Ok(Codec::MessagePack),
-        _ => Err(Error::new(name.span(), "the codecs are \"json\" and \"msgpack\"")),
-    }
+fn codec(name: &LitStr) -> Result<Ident> {
+    let codec = match name.value().as_str() {
+        "json" => "Json",
+        "msgpack" => "MessagePack",
+        _ => return Err(Error::new(name.span(), "the codecs are \"json\" and \"msgpack\"")),
+    };
+    Ok(Ident::new(codec, name.span()))
 }
 
 impl<'a> Key<'a> {
@@ -120,7 +115,9 @@ impl<'a> Key<'a> {
                 Vec::new()
             }
             Data::Enum(data) => {
-                data.variants.iter().try_for_each(|variant| check_field(&path, &variant.fields, &variant.ident))?;
+                for variant in &data.variants {
+                    check_field(&path, &variant.fields, &variant.ident)?;
+                }
                 data.variants.iter().map(|variant| &variant.ident).collect()
             }
             Data::Union(_) => Vec::new(),
@@ -135,8 +132,11 @@ fn check_field(path: &[Member], fields: &Fields, of: &Ident) -> Result<()> {
         return Ok(());
     }
     let there: Vec<_> = fields.members().map(|member| format!("`{}`", display(&member))).collect();
-    let there = if there.is_empty() { "no fields".to_owned() } else { there.join(", ") };
-    Err(Error::new_spanned(&path[0], format!("`{of}` has no field `{}`; it has {there}", display(&path[0]))))
+    let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
+    Err(Error::new_spanned(
+        &path[0],
+        format!("`{of}` has no field `{}`, which is to be the key; it has {there}", display(&path[0])),
+    ))
 }
 
 fn display(member: &Member) -> String {

@@ -1,4 +1,3 @@
-// Two derives are missing, and rustc has an error for each; it does not know that they go together.
 use tidings::Event;
 
 #[derive(Event)]
