@@ -11,7 +11,7 @@ mod receipt;
 pub use acker::{ABANDONED_BACKOFF, Acker, Lease, Settle, Settlement, Tag};
 pub use prefix::PrefixTracker;
 pub(crate) use receipt::Flight;
-pub use receipt::{Fate, PublishFailure, Receipt};
+pub use receipt::{Fate, PublishFailure, Receipt, submit_and_wait};
 
 use crate::events::Events;
 use crate::{Error, Message, Result, SubscriptionName, Topic, TopicPattern};
