@@ -4,7 +4,7 @@
 
 use crate::dead_letters::Buried;
 use crate::error::{closed, error};
-use crate::group::Group;
+use crate::group::{Asking, Group};
 use crate::log::{Id, Log};
 use crate::share::{FnvMap, slot_of};
 use crate::timers::{Timers, after};
@@ -16,9 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
-use tidings_core::transport::{
-    Destination, Fate, Flushed, Outgoing, Polled, Receipt, ReplayFrom, Settle, Settlement, Tag,
-};
+use tidings_core::transport::{Destination, Fate, Flushed, Outgoing, Receipt, ReplayFrom, Settlement, Tag};
 use tidings_core::{Error, ErrorKind, Message, Result, SubscriptionName, Topic};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -259,8 +257,8 @@ impl State {
     fn distribute(&mut self, topic: u32, id: Id, now: Instant) {
         let state = &self.topics[topic as usize];
         let kept_until = state.retention.map(|retention| after(now, retention));
-        let slot = slot_of(self.log.entry(id).message.key.as_ref().map(|key| key.as_bytes()), state.slots);
-        self.log.publish(id, topic, state.groups.len() as u32, now, kept_until);
+        let slot = slot_of(&self.log.entry(id).message, state.slots);
+        self.log.publish(id, topic, state.groups.len() as u32, (now, kept_until));
         for group in &state.groups {
             self.groups[*group].enqueue(slot, id);
         }
@@ -296,7 +294,7 @@ impl State {
                 .with_context("subscription", name));
         };
         let slots = self.spaces[space].topics.get(&message.topic).map_or(1, |topic| self.topics[*topic as usize].slots);
-        let slot = slot_of(message.key.as_ref().map(|key| key.as_bytes()), slots);
+        let slot = slot_of(&message, slots);
         let id = self.log.hold(message, now);
         if let Some(due) = due {
             self.groups[group].enqueue_at(due, slot, id);
@@ -316,25 +314,18 @@ impl State {
     }
 
     /// One poll of an instance: notices first and alone, so that none is read after what it is about.
-    pub(crate) fn poll(
-        &mut self,
-        seat: Seat,
-        max: usize,
-        waker: &Waker,
-        settle: &Arc<dyn Settle>,
-        out: &mut Polled,
-    ) -> Step {
+    pub(crate) fn poll(&mut self, seat: Seat, waker: &Waker, mut ask: Asking<'_>) -> Step {
         self.advance();
         if self.seated(seat).is_none() {
             return Step::Closed;
         }
         self.move_on(seat.group);
         let group = &mut self.groups[seat.group];
-        if group.notify(seat.key, &mut out.notices) {
+        if group.notify(seat.key, &mut ask.out.notices) {
             Step::Added
         } else if group.is_over(seat.key) {
             Step::Over
-        } else if group.hand_out(seat.key, &self.log, max, settle, &mut out.deliveries) {
+        } else if group.hand_out(seat.key, &self.log, &mut ask) {
             Step::Added
         } else {
             group.park(seat.key, waker);
@@ -428,8 +419,7 @@ impl State {
                 ReplayFrom::Position(position) => entry.position >= position,
             };
             if wanted {
-                let slots = topics[entry.topic as usize].slots;
-                let slot = slot_of(entry.message.key.as_ref().map(|key| key.as_bytes()), slots);
+                let slot = slot_of(&entry.message, topics[entry.topic as usize].slots);
                 log.own(id);
                 group.enqueue(slot, id);
             }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::Waker;
 use std::time::Duration;
-use tidings_core::transport::{Acker, Delivery, Flushed, Notice, Ordering, Role, Settle, Settlement, Start, Tag};
+use tidings_core::transport::{
+    Acker, Delivery, Flushed, Notice, Ordering, Polled, Role, Settle, Settlement, Start, Tag,
+};
 use tidings_core::{Topic, TopicPattern};
 use tokio::time::Instant;
 
@@ -80,6 +82,14 @@ struct Gap {
     missed: u64,
     from: u64,
     to: u64,
+}
+
+/// What an instance asks for, and where it is put.
+pub(crate) struct Asking<'a> {
+    /// How many deliveries it takes.
+    pub(crate) max: usize,
+    pub(crate) settle: &'a Arc<dyn Settle>,
+    pub(crate) out: &'a mut Polled,
 }
 
 /// How an instance joins.
@@ -242,7 +252,7 @@ impl Group {
     fn rouse(&mut self, slot: u32) {
         if self.is_ordered() {
             let slot = &self.slots[slot as usize];
-            if let Some(owner) = slot.owner.filter(|_| slot.heir.is_none()) {
+            if let Some(owner) = slot.owner.filter(|_| slot.gives()) {
                 let member = &mut self.members[owner];
                 if member.is_hungry() {
                     member.wake();
@@ -301,29 +311,20 @@ impl Group {
         }
     }
 
-    /// Hands up to `max` events to a member; whether there were any.
-    pub(crate) fn hand_out(
-        &mut self,
-        key: usize,
-        log: &Log,
-        max: usize,
-        settle: &Arc<dyn Settle>,
-        out: &mut Vec<Delivery>,
-    ) -> bool {
-        let (mut left, before) = (self.fair_share(key, max), out.len());
-        let owned = self.members[key].owned.len();
-        for turn in 0..owned {
-            let member = &mut self.members[key];
-            let slot = member.owned[turn];
-            left = self.hand_out_slot((key, slot), log, left, settle, out);
+    /// Hands events to a member; whether there were any.
+    pub(crate) fn hand_out(&mut self, key: usize, log: &Log, ask: &mut Asking<'_>) -> bool {
+        let before = ask.out.deliveries.len();
+        ask.max = self.fair_share(key, ask.max);
+        for turn in 0..self.members[key].owned.len() {
+            self.hand_out_slot(key, self.members[key].owned[turn], log, ask);
         }
-        if owned > 1 {
+        if self.members[key].owned.len() > 1 {
             self.members[key].owned.rotate_left(1);
         }
         if !self.is_ordered() && self.slots[0].is_ready() {
             self.rouse(0);
         }
-        out.len() > before
+        ask.out.deliveries.len() > before
     }
 
     /// How many a member may take now, so that others who wait get some too.
@@ -337,46 +338,33 @@ impl Group {
         room.min(self.slots[0].ready().div_ceil(others + 1))
     }
 
-    fn hand_out_slot(
-        &mut self,
-        (key, number): (usize, u32),
-        log: &Log,
-        mut left: usize,
-        settle: &Arc<dyn Settle>,
-        out: &mut Vec<Delivery>,
-    ) -> usize {
-        let reserved = self.reserved(key);
+    fn hand_out_slot(&mut self, key: usize, number: u32, log: &Log, ask: &mut Asking<'_>) {
+        let (reserved, replayed) = (self.reserved(key), self.replay.is_some());
         let (member, slot) = (&mut self.members[key], &mut self.slots[number as usize]);
-        if slot.heir.is_some() {
-            return left;
-        }
         let epoch = member.epoch.load(Relaxed);
-        while left > 0 {
-            let newer = reserved == 0 || member.out.len() + reserved < member.max_in_flight;
-            let Some(mut item) = slot.next(log, newer) else { break };
-            left -= 1;
+        while ask.max > 0 && slot.gives() {
+            let recovering = slot.recovering() > 0;
+            let newer = !recovering || (slot.heir.is_none() && member.out.len() + reserved < member.max_in_flight);
+            let Some(mut item) = slot.next(log, newer) else { return };
+            ask.max -= 1;
             item.hand_outs = item.hand_outs.saturating_add(1);
-            if std::mem::take(&mut item.recovering) {
-                slot.recovering -= 1;
-                if slot.recovering == 0 {
-                    member.notices.push(Notice::HoldBackOver { slot: number });
-                }
+            if recovering && slot.recovering() == 0 {
+                member.notices.push(Notice::HoldBackOver { slot: number });
             }
             let entry = log.entry(item.id);
             slot.open += 1;
             slot.high = slot.high.max(entry.position);
             let seq = member.out.insert(Out { item, slot: number, position: entry.position }) as u64;
-            out.push(Delivery {
+            ask.out.deliveries.push(Delivery {
                 message: entry.message.clone(),
                 position: entry.position,
                 slot: number,
                 redelivered: item.hand_outs > 1,
-                replayed: self.replay.is_some(),
+                replayed,
                 hand_outs: Some(item.hand_outs),
-                acker: Acker::new(Arc::clone(settle), Tag { epoch, seq }),
+                acker: Acker::new(Arc::clone(ask.settle), Tag { epoch, seq }),
             });
         }
-        left
     }
 
     /// How much of a member's window is kept for what recovers: what it holds back for that must not
@@ -385,7 +373,7 @@ impl Group {
         if !self.is_ordered() {
             return 0;
         }
-        self.members[key].owned.iter().map(|slot| self.slots[*slot as usize].recovering).sum()
+        self.members[key].owned.iter().map(|slot| self.slots[*slot as usize].recovering()).sum()
     }
 
     // ---- Settling ----
@@ -427,15 +415,14 @@ impl Group {
         let ordered = self.is_ordered();
         let mut open: Vec<Out> = out.drain().collect();
         open.sort_unstable_by_key(|out| out.position);
-        for Out { mut item, slot: number, .. } in open {
+        for Out { item, slot: number, .. } in open {
             let slot = &mut self.slots[number as usize];
             slot.open -= 1;
-            let next = match wait {
-                None => slot.give_back(log, item, None, ordered),
+            let next = match wait.filter(|_| ordered) {
+                None => slot.give_back(log, item, wait, ordered),
                 Some(due) => {
-                    item.recovering = ordered;
-                    slot.recovering += usize::from(ordered);
-                    Some((due, Wait::Return(item)))
+                    slot.recover(log, item, due);
+                    Some((due, Wait::Recovery))
                 }
             };
             self.wait_for(number, next);
@@ -489,11 +476,14 @@ impl Group {
             member.epoch.fetch_add(1, Relaxed);
             member.rank = next_rank();
             member.tell(Notice::Leases);
+            for (slot, number) in self.slots.iter_mut().zip(0..).filter(|(slot, _)| slot.owner == Some(key)) {
+                slot.owner = None;
+                if slot.recovering() > 0 {
+                    member.notices.push(Notice::HoldBackOver { slot: number });
+                }
+            }
             let out = std::mem::take(&mut member.out);
             self.give_back_all(log, out, wait);
-            for slot in self.slots.iter_mut().filter(|slot| slot.owner == Some(key)) {
-                slot.owner = None;
-            }
         }
         self.rebalance();
     }
@@ -508,7 +498,7 @@ impl Group {
         for due in self.timers.drain() {
             match due {
                 Due::Arrive { id, .. } | Due::Slot { wait: Wait::Return(Item { id, .. }), .. } => log.settle(id),
-                Due::Slot { wait: Wait::Lane(_), .. } => {}
+                Due::Slot { .. } => {}
             }
         }
     }
@@ -560,11 +550,11 @@ impl Group {
         let slot = &mut self.slots[number as usize];
         let former = slot.owner.replace(to);
         slot.heir = None;
-        if slot.recovering > 0 {
+        if slot.recovering() > 0 {
             if let Some(former) = former {
                 self.members[former].tell(Notice::HoldBackOver { slot: number });
             }
-            self.members[to].tell(Notice::HoldBack { slot: number, after: slot.high });
+            self.members[to].tell(Notice::HoldBack { slot: number, after: slot.mark });
         }
         self.members[to].wake();
     }

@@ -100,11 +100,11 @@ impl Log {
         position
     }
 
-    /// Makes what is held an event of a topic.
-    pub(crate) fn publish(&mut self, id: Id, topic: u32, owners: u32, received: Instant, kept_until: Option<Instant>) {
+    /// Makes what is held an event of a topic; `times` are when it was received and until when it is kept.
+    pub(crate) fn publish(&mut self, id: Id, topic: u32, owners: u32, times: (Instant, Option<Instant>)) {
         self.place(id);
         let entry = &mut self.entries[id as usize];
-        (entry.topic, entry.owners, entry.received, entry.kept_until) = (topic, owners, received, kept_until);
+        (entry.topic, entry.owners, (entry.received, entry.kept_until)) = (topic, owners, times);
         let size = entry.size;
         self.arrivals.push_back(id);
         if owners == 0 {
@@ -193,7 +193,7 @@ mod tests {
 
     fn publish(log: &mut Log, size: usize, owners: u32) -> Id {
         let id = log.hold(message_of_size("a.b", size), Instant::now());
-        log.publish(id, 0, owners, Instant::now(), None);
+        log.publish(id, 0, owners, (Instant::now(), None));
         id
     }
 

@@ -1,20 +1,24 @@
 //! Which instance takes which slot, and which slot takes a key: the same answer for the same question, always.
 
+use std::hash::{BuildHasherDefault, Hasher};
+use tidings_core::Message;
+
 /// FNV-1a, 64 bits: stable, and short for the short keys it is used on.
 pub(crate) fn fnv(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    let mut hasher = Fnv::default();
+    hasher.write(bytes);
+    hasher.finish()
 }
 
-/// The slot of a key; what has no key is in slot 0.
-pub(crate) fn slot_of(key: Option<&[u8]>, slots: u32) -> u32 {
-    match key {
-        Some(key) if slots > 1 => (mix(fnv(key)) % u64::from(slots)) as u32,
+/// The slot of a message, by its key; what has no key is in slot 0.
+pub(crate) fn slot_of(message: &Message, slots: u32) -> u32 {
+    match &message.key {
+        Some(key) if slots > 1 => (mix(fnv(key.as_bytes())) % u64::from(slots)) as u32,
         _ => 0,
     }
 }
 
-/// A hasher for short trusted names.
-#[derive(Clone, Copy)]
+/// [`fnv`] as a hasher, for the names of topics and subscriptions.
 pub(crate) struct Fnv(u64);
 
 impl Default for Fnv {
@@ -23,7 +27,7 @@ impl Default for Fnv {
     }
 }
 
-impl std::hash::Hasher for Fnv {
+impl Hasher for Fnv {
     fn write(&mut self, bytes: &[u8]) {
         for byte in bytes {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
@@ -35,7 +39,7 @@ impl std::hash::Hasher for Fnv {
     }
 }
 
-pub(crate) type FnvMap<K, V> = std::collections::HashMap<K, V, std::hash::BuildHasherDefault<Fnv>>;
+pub(crate) type FnvMap<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<Fnv>>;
 
 /// Shares `slots` among `instances` (ascending ids): for each slot the index of its instance.
 ///
@@ -79,6 +83,7 @@ fn mix(hash: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::saying;
 
     fn counts(shares: &[Option<usize>], instances: usize) -> Vec<usize> {
         (0..instances).map(|i| shares.iter().filter(|s| **s == Some(i)).count()).collect()
@@ -108,9 +113,10 @@ mod tests {
     #[test]
     fn keys_spread_and_stay() {
         let mut counts = [0; 8];
-        (0..8000).for_each(|i| counts[slot_of(Some(format!("order-{i}").as_bytes()), 8) as usize] += 1);
+        let slot = |key: &str, slots| slot_of(&saying("a.b", key, ""), slots);
+        (0..8000).for_each(|i| counts[slot(&format!("order-{i}"), 8) as usize] += 1);
         assert!(counts.iter().all(|c| (850..1150).contains(c)), "{counts:?}");
         assert_eq!(fnv(b"a"), 0xaf63_dc4c_8601_ec8c, "the published value of FNV-1a");
-        assert_eq!((slot_of(None, 8), slot_of(Some(b"x"), 1)), (0, 0));
+        assert_eq!((slot("", 8), slot("x", 1), slot("x", 8)), (0, 0, slot("x", 8)));
     }
 }

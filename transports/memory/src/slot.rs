@@ -10,8 +10,6 @@ use tokio::time::Instant;
 pub(crate) struct Item {
     pub(crate) id: Id,
     pub(crate) hand_outs: u32,
-    /// It was open when its owner died, and a new owner holds newer ones back until it has come.
-    pub(crate) recovering: bool,
 }
 
 /// What keeps its order: events of one topic with one key.
@@ -24,18 +22,24 @@ pub(crate) enum Wait {
     Return(Item),
     /// The first event of this lane is due.
     Lane(Box<Lane>),
+    /// What a dead owner left open comes back.
+    Recovery,
 }
 
 /// The events of a slot that are not out: unread ones, and those that were given back.
 ///
 /// Positions ascend: all that was ever handed out comes before all that is unread. What was given back
-/// goes first, in the order of its positions. While a lane's event is given back and not yet due, the
+/// goes first, in the order of its positions; what a dead owner left open may come later, in that order too. While a lane's event is given back and not yet due, the
 /// lane's later events wait behind it, so that nothing overtakes it, in this instance or another.
 #[derive(Default)]
 pub(crate) struct Slot {
     unread: VecDeque<Id>,
     /// Given back and due, by position.
     returned: BTreeMap<u64, Item>,
+    /// Left open by a dead owner, or given back until these have come, with when each is due, by position. A new
+    /// owner holds back so long what is newer than `mark`, the last that was handed out when the owner died.
+    recovering: BTreeMap<u64, (Item, Instant)>,
+    pub(crate) mark: u64,
     /// Lanes whose first event is not due yet, with when each event is, by position.
     lanes: HashMap<Lane, BTreeMap<u64, (Item, Option<Instant>)>>,
     /// Which member is handed its events; nobody's if events are shared message by message.
@@ -44,8 +48,6 @@ pub(crate) struct Slot {
     pub(crate) heir: Option<usize>,
     /// How many are out.
     pub(crate) open: usize,
-    /// How many that a dead owner left open have not come back yet.
-    pub(crate) recovering: usize,
     /// The last position that was handed out.
     pub(crate) high: u64,
 }
@@ -67,23 +69,38 @@ impl Slot {
 
     /// Whether nothing waits and nothing is out.
     pub(crate) fn is_done(&self) -> bool {
-        self.open == 0 && !self.is_ready() && self.lanes.is_empty()
+        self.open == 0 && !self.is_ready() && self.recovering.is_empty() && self.lanes.is_empty()
     }
 
-    /// The next to hand out; only what recovers unless `newer` may come too.
+    /// Whether its owner may be handed anything: nothing new once it has an heir, but what it waits for.
+    pub(crate) fn gives(&self) -> bool {
+        self.heir.is_none() || !self.recovering.is_empty()
+    }
+
+    /// How many a new owner is still to be handed before what is newer.
+    pub(crate) fn recovering(&self) -> usize {
+        self.recovering.len()
+    }
+
+    /// The next to hand out; nothing but what recovers unless `newer` may come too.
     pub(crate) fn next(&mut self, log: &Log, newer: bool) -> Option<Item> {
-        if !self.returned.is_empty() {
-            let mut found = self.returned.iter().filter(|(_, item)| newer || item.recovering);
-            if let Some(position) = found.next().map(|(position, _)| *position) {
-                return self.returned.remove(&position);
-            }
+        if let Some(first) = self.recovering.first_entry()
+            && first.get().1 <= Instant::now()
+        {
+            return Some(first.remove().0);
         }
-        if newer { self.next_unread(log) } else { None }
+        if !newer {
+            return None;
+        }
+        if self.returned.is_empty() {
+            return self.next_unread(log);
+        }
+        self.returned.pop_first().map(|(_, item)| item)
     }
 
     fn next_unread(&mut self, log: &Log) -> Option<Item> {
         loop {
-            let item = Item { id: self.unread.pop_front()?, hand_outs: 0, recovering: false };
+            let item = Item { id: self.unread.pop_front()?, hand_outs: 0 };
             if self.lanes.is_empty() || !self.joins_lane(log, item) {
                 return Some(item);
             }
@@ -96,6 +113,41 @@ impl Slot {
         let Some(waiting) = lane_of(&entry.message).and_then(|lane| self.lanes.get_mut(&lane)) else { return false };
         waiting.insert(entry.position, (item, None));
         true
+    }
+
+    /// Takes back what a dead owner left open, from `due` on.
+    ///
+    /// What was given back before recovers with it, and so does what was handed out of a lane whose first event
+    /// is not due: all that was ever handed out comes in the order of its positions.
+    pub(crate) fn recover(&mut self, log: &Log, item: Item, due: Instant) {
+        let entry = log.entry(item.id);
+        self.recovering.insert(entry.position, (item, due));
+        self.mark = self.high;
+        let newer = self.returned.split_off(&(self.mark + 1));
+        let returned = std::mem::replace(&mut self.returned, newer).into_iter();
+        self.recovering.extend(returned.map(|(position, item)| (position, (item, due))));
+        let lane = lane_of(&entry.message).and_then(|lane| self.lanes.remove(&lane)).unwrap_or_default();
+        for (position, (item, later)) in lane {
+            if position > self.mark {
+                self.returned.insert(position, item);
+            } else {
+                self.recovering.insert(position, (item, later.unwrap_or(due)));
+            }
+        }
+    }
+
+    /// Whether this has to come before what a new owner holds back.
+    fn recovers(&self, position: u64) -> bool {
+        position <= self.mark && !self.recovering.is_empty()
+    }
+
+    /// Makes ready what was given back.
+    fn ready_again(&mut self, position: u64, item: Item) {
+        if self.recovers(position) {
+            self.recovering.insert(position, (item, Instant::now()));
+        } else {
+            self.returned.insert(position, item);
+        }
     }
 
     /// Takes the first unread event that its topic keeps no longer.
@@ -114,17 +166,21 @@ impl Slot {
         ordered: bool,
     ) -> Option<(Instant, Wait)> {
         let entry = log.entry(item.id);
-        if let Some(lane) = lane_of(&entry.message).filter(|_| ordered)
-            && (due.is_some() || self.lanes.contains_key(&lane))
-        {
+        let recovers = self.recovers(entry.position);
+        let lane = lane_of(&entry.message).filter(|_| ordered);
+        if let Some(lane) = lane.filter(|lane| self.lanes.contains_key(lane) || (due.is_some() && !recovers)) {
             return self.hold_lane(log, lane, (item, due));
         }
         match due {
-            Some(due) => Some((due, Wait::Return(item))),
             None => {
-                self.returned.insert(entry.position, item);
+                self.ready_again(entry.position, item);
                 None
             }
+            Some(due) if recovers => {
+                self.recovering.insert(entry.position, (item, due));
+                Some((due, Wait::Recovery))
+            }
+            Some(due) => Some((due, Wait::Return(item))),
         }
     }
 
@@ -143,20 +199,21 @@ impl Slot {
         match wait {
             Wait::Return(item) => self.give_back(log, item, None, true),
             Wait::Lane(lane) => self.advance_lane(*lane, Some(now)),
+            Wait::Recovery => None,
         }
     }
 
     /// Frees the first events of a lane that are due; says when the next one is.
     fn advance_lane(&mut self, lane: Lane, now: Option<Instant>) -> Option<(Instant, Wait)> {
-        let waiting = self.lanes.get_mut(&lane)?;
-        while let Some(first) = waiting.first_entry() {
-            if let Some(due) = first.get().1.filter(|due| now.is_none_or(|now| *due > now)) {
+        let mut waiting = self.lanes.remove(&lane)?;
+        while let Some((position, (item, due))) = waiting.pop_first() {
+            if let Some(due) = due.filter(|due| now.is_none_or(|now| *due > now)) {
+                waiting.insert(position, (item, Some(due)));
+                self.lanes.insert(lane.clone(), waiting);
                 return Some((due, Wait::Lane(Box::new(lane))));
             }
-            let (position, (item, _)) = first.remove_entry();
-            self.returned.insert(position, item);
+            self.ready_again(position, item);
         }
-        self.lanes.remove(&lane);
         None
     }
 
@@ -164,7 +221,8 @@ impl Slot {
     pub(crate) fn drain(&mut self) -> impl Iterator<Item = Id> {
         let lanes = std::mem::take(&mut self.lanes).into_values().flatten().map(|(_, (item, _))| item.id);
         let returned = std::mem::take(&mut self.returned).into_values().map(|item| item.id);
-        self.unread.drain(..).chain(returned).chain(lanes)
+        let recovering = std::mem::take(&mut self.recovering).into_values().map(|(item, _)| item.id);
+        self.unread.drain(..).chain(returned).chain(recovering).chain(lanes)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::broker::{Broker, Seat, Step};
 use crate::error::closed;
+use crate::group::Asking;
 use crate::settle::MemorySettle;
 use std::future::{Future, ready};
 use std::pin::Pin;
@@ -42,7 +43,8 @@ impl Subscription for MemorySubscription {
     fn poll_batch(&mut self, cx: &mut Context<'_>, max: usize, out: &mut Polled) -> Poll<Result<()>> {
         loop {
             // The guard is gone before the timer is asked, which may wake others.
-            let step = self.broker.lock().poll(self.seat, max, cx.waker(), &self.settle, out);
+            let ask = Asking { max, settle: &self.settle, out };
+            let step = self.broker.lock().poll(self.seat, cx.waker(), ask);
             match step {
                 Step::Added | Step::Over => return Poll::Ready(Ok(())),
                 Step::Closed => return Poll::Ready(Err(closed().with_operation("receive"))),

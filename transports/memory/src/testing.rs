@@ -2,6 +2,7 @@
 
 use crate::{MemoryBroker, MemoryConfig, MemoryTransport, Stats};
 use futures_util::FutureExt;
+use std::fmt::Display;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +36,7 @@ pub(crate) fn message_of_size(topic: &str, size: usize) -> Message {
 }
 
 /// A message that says `text`.
-pub(crate) fn saying(topic: &str, key: &str, text: impl ToString) -> Message {
+pub(crate) fn saying(topic: &str, key: &str, text: impl Display) -> Message {
     let message = message(topic).with_payload("text/plain", text.to_string());
     if key.is_empty() { message } else { message.with_key(key) }
 }
@@ -89,12 +90,15 @@ pub(crate) fn send(
     answers.map(|failures| failures.into_iter().next().map(|(_, failure)| failure))
 }
 
-pub(crate) fn to_topic(transport: &MemoryTransport, message: Message) -> impl Future<Output = Option<PublishFailure>> {
+pub(crate) fn to_topic(
+    transport: &MemoryTransport,
+    message: Message,
+) -> impl Future<Output = Option<PublishFailure>> + use<> {
     send(transport, Destination::Topic(message.topic.clone()), message, None, false)
 }
 
 /// Publishes, and has it confirmed at once.
-pub(crate) fn publish(transport: &MemoryTransport, topic: &str, key: &str, text: impl ToString) {
+pub(crate) fn publish(transport: &MemoryTransport, topic: &str, key: &str, text: impl Display) {
     let answer = to_topic(transport, saying(topic, key, text)).now_or_never();
     assert!(matches!(answer, Some(None)), "{answer:?}");
 }
@@ -139,6 +143,19 @@ impl Reader {
     /// Polls without waiting; whether it added anything.
     pub(crate) fn poll_now(&mut self, max: usize) -> bool {
         self.poll(max).now_or_never().is_some_and(|added| added.unwrap())
+    }
+
+    /// The notices of those polls.
+    pub(crate) fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.polled.notices)
+    }
+
+    /// The next, acked by the caller, until the transport is closed.
+    pub(crate) async fn next_or_end(&mut self) -> Option<Delivery> {
+        while self.polled.deliveries.is_empty() {
+            self.poll(8).await.ok()?;
+        }
+        self.taken()
     }
 
     /// The first of those that were polled.
