@@ -101,15 +101,16 @@ struct Delayed {
 
 struct Waiting {
     client: Arc<Client>,
-    parcel: Parcel,
+    to: Address,
+    message: Message,
     size: usize,
     receipt: Receipt,
 }
 
-/// What is published, where to and when.
-struct Parcel {
+/// Where a message goes, and when.
+struct Address {
+    space: usize,
     destination: Destination,
-    message: Message,
     delay: Option<Duration>,
 }
 
@@ -186,12 +187,13 @@ impl State {
         if !owed && size > self.log.capacity() {
             return receipt.fail(Fate::NotPersisted, too_large(size, self.log.capacity()));
         }
-        let parcel = Parcel { destination, message: message.clone(), delay };
+        let to = Address { space: client.space, destination, delay };
         if owed || (self.waiting.is_empty() && self.make_room(size, now)) {
-            answer(receipt, self.store(client.space, parcel, now));
+            answer(receipt, self.store(&to, message, now));
         } else {
             client.waiting.fetch_add(1, SeqCst);
-            self.waiting.push_back(Waiting { client: Arc::clone(client), parcel, size, receipt });
+            let (client, message) = (Arc::clone(client), message.clone());
+            self.waiting.push_back(Waiting { client, to, message, size, receipt });
             self.admit(now);
         }
     }
@@ -215,11 +217,11 @@ impl State {
             if !abandoned && !self.make_room(size, now) {
                 return;
             }
-            let Some(Waiting { client, parcel, receipt, .. }) = self.waiting.pop_front() else { return };
+            let Some(Waiting { client, to, message, receipt, .. }) = self.waiting.pop_front() else { return };
             if abandoned {
                 receipt.fail(Fate::NotPersisted, error(ErrorKind::Full, "nobody waited for room any more"));
             } else {
-                answer(receipt, self.store(client.space, parcel, now));
+                answer(receipt, self.store(&to, &message, now));
             }
             client.waited();
         }
@@ -231,24 +233,23 @@ impl State {
         }
     }
 
-    fn store(&mut self, space: usize, parcel: Parcel, now: Instant) -> Result<()> {
-        let Parcel { destination, message, delay } = parcel;
-        let due = delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
-        match destination {
+    fn store(&mut self, to: &Address, message: &Message, now: Instant) -> Result<()> {
+        let due = to.delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
+        match &to.destination {
             Destination::Topic(topic) => {
-                let topic = self.topic(space, &topic);
+                let topic = self.topic(to.space, topic);
                 let id = self.log.hold(message, now);
                 match due {
                     None => self.distribute(topic, id, now),
                     Some(due) => self.delay(topic, id, due),
                 }
             }
-            Destination::Subscription(name) => self.send(space, &name, message, (now, due))?,
+            Destination::Subscription(name) => self.send((to.space, name), message, (now, due))?,
             Destination::DeadLetter(_) if due.is_some() => {
                 let why = "dead letters are not delayed; publish to the subscription's address instead";
                 return Err(error(ErrorKind::Unsupported, why));
             }
-            Destination::DeadLetter(name) => self.bury(space, name, message),
+            Destination::DeadLetter(name) => self.bury(to.space, name, message),
         }
         Ok(())
     }
@@ -284,9 +285,8 @@ impl State {
     /// Sends to the address of a subscription.
     fn send(
         &mut self,
-        space: usize,
-        name: &SubscriptionName,
-        message: Message,
+        (space, name): (usize, &SubscriptionName),
+        message: &Message,
         (now, due): (Instant, Option<Instant>),
     ) -> Result<()> {
         let Some(group) = self.spaces[space].groups.get(name).copied() else {
@@ -294,7 +294,7 @@ impl State {
                 .with_context("subscription", name));
         };
         let slots = self.spaces[space].topics.get(&message.topic).map_or(1, |topic| self.topics[*topic as usize].slots);
-        let slot = slot_of(&message, slots);
+        let slot = slot_of(message, slots);
         let id = self.log.hold(message, now);
         if let Some(due) = due {
             self.groups[group].enqueue_at(due, slot, id);

@@ -12,10 +12,10 @@ use tidings_core::{Message, Result, SubscriptionName};
 pub(crate) type Buried = BTreeMap<u64, Message>;
 
 impl State {
-    pub(crate) fn bury(&mut self, space: usize, name: SubscriptionName, message: Message) {
+    pub(crate) fn bury(&mut self, space: usize, name: &SubscriptionName, message: &Message) {
         self.log.charge(message.size());
         let position = self.log.next_position();
-        self.spaces[space].dead.entry(name).or_default().insert(position, message);
+        self.spaces[space].dead.entry(name.clone()).or_default().insert(position, message.clone());
     }
 
     fn dig_up(&mut self, space: usize, name: &SubscriptionName, positions: &[u64]) -> u64 {

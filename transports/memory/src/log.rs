@@ -85,11 +85,11 @@ impl Log {
     }
 
     /// Stores what is not read from a topic, or not yet; one owner settles it.
-    pub(crate) fn hold(&mut self, message: Message, received: Instant) -> Id {
+    pub(crate) fn hold(&mut self, message: &Message, received: Instant) -> Id {
         let size = message.size();
         self.charge(size);
-        let entry = Entry { message, position: 0, received, kept_until: None, topic: ADDRESSED, owners: 1, size };
-        self.entries.insert(entry) as Id
+        let (message, topic) = (message.clone(), ADDRESSED);
+        self.entries.insert(Entry { message, position: 0, received, kept_until: None, topic, owners: 1, size }) as Id
     }
 
     /// Gives what is held its place in the order.
@@ -192,7 +192,7 @@ mod tests {
     use crate::testing::{message, message_of_size};
 
     fn publish(log: &mut Log, size: usize, owners: u32) -> Id {
-        let id = log.hold(message_of_size("a.b", size), Instant::now());
+        let id = log.hold(&message_of_size("a.b", size), Instant::now());
         log.publish(id, 0, owners, (Instant::now(), None));
         id
     }
@@ -234,7 +234,7 @@ mod tests {
     #[test]
     fn what_is_sent_to_an_address_is_gone_when_settled() {
         let mut log = Log::new(1 << 20, 1 << 20);
-        let id = log.hold(message("a.b"), Instant::now());
+        let id = log.hold(&message("a.b"), Instant::now());
         assert_eq!(log.place(id), 1);
         assert_eq!(log.read().count(), 0);
         log.settle(id);
