@@ -67,7 +67,6 @@ pub(crate) struct Member {
 struct Out {
     item: Item,
     slot: u32,
-    position: u64,
 }
 
 enum Due {
@@ -354,7 +353,7 @@ impl Group {
             let entry = log.entry(item.id);
             slot.open += 1;
             slot.high = slot.high.max(entry.position);
-            let seq = member.out.insert(Out { item, slot: number, position: entry.position }) as u64;
+            let seq = member.out.insert(Out { item, slot: number }) as u64;
             ask.out.deliveries.push(Delivery {
                 message: entry.message.clone(),
                 position: entry.position,
@@ -410,12 +409,10 @@ impl Group {
         }
     }
 
-    /// Gives back all that was out of a member, in its order; after `wait` if there is one.
+    /// Gives back all that was out of a member; after `wait` if there is one.
     fn give_back_all(&mut self, log: &Log, mut out: Slab<Out>, wait: Option<Instant>) {
         let ordered = self.is_ordered();
-        let mut open: Vec<Out> = out.drain().collect();
-        open.sort_unstable_by_key(|out| out.position);
-        for Out { item, slot: number, .. } in open {
+        for Out { item, slot: number } in out.drain() {
             let slot = &mut self.slots[number as usize];
             slot.open -= 1;
             let next = match wait.filter(|_| ordered) {

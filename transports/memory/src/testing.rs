@@ -11,7 +11,7 @@ use tidings_core::transport::{
     Subscription, SubscriptionSpec, TopicSpec, Topology, Transport, submit_and_wait,
 };
 use tidings_core::{Message, Result, SubscriptionName, Topic, TopicPattern};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep};
 
 /// Longer than anything a test waits for; virtual time, so it costs nothing.
 const LONG: Duration = Duration::from_secs(3600);
@@ -136,7 +136,12 @@ impl Reader {
     pub(crate) async fn poll(&mut self, max: usize) -> Result<bool> {
         let before = (self.polled.deliveries.len(), self.polled.notices.len());
         let polling = poll_fn(|cx| self.subscription.poll_batch(cx, max, &mut self.polled));
-        timeout(LONG, polling).await.expect("nothing came, ever")?;
+        // The timer first: what is only found because the timer polls again was a lost wake-up.
+        tokio::select! {
+            biased;
+            () = sleep(LONG) => panic!("nothing came, ever"),
+            polled = polling => polled?,
+        }
         Ok(before != (self.polled.deliveries.len(), self.polled.notices.len()))
     }
 

@@ -337,3 +337,57 @@ async fn a_stand_by_takes_over_from_who_was_cut_off() {
     cut_off.acker.ack();
     a.nothing();
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_recovers_waits_for_an_earlier_release_of_its_key() {
+    let t = slow_to_redeliver();
+    let mut a = open(&t, spec("s", &["a.b"])).await;
+    (1..=3).for_each(|i| publish(&t, "a.b", "k", i));
+    let mut out = a.take(2).await;
+    let start = Instant::now();
+    out.remove(0).acker.release(Duration::from_secs(60));
+    drop(a);
+    let mut b = open(&t, spec("s", &["a.b"])).await;
+    let newer = b.expect("3").await;
+    assert_eq!(hold_back(&b.take_notices()), Some(newer.position - 1));
+    let got = b.take(2).await;
+    assert_eq!(texts(&got), ["1", "2"]);
+    assert!(start.elapsed() >= Duration::from_secs(60));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_gives_up_a_slot_holds_nothing_back_for_it_any_more() {
+    let t = slow_to_redeliver();
+    slots(&t, "a.b", 2).await;
+    let mut a = open(&t, spec("s", &["a.b"])).await;
+    (0..10).for_each(|i| publish(&t, "a.b", &format!("k{i}"), i));
+    let _out = a.take(10).await;
+    drop(a);
+    let mut b = open(&t, spec("s", &["a.b"])).await;
+    assert_eq!(b.notices().len(), 3, "a role, and to hold back in both slots");
+    let mut c = open(&t, spec("s", &["a.b"])).await;
+    let told = c.notices();
+    let [Notice::Role(Role::Active { slots }), Notice::HoldBack { slot, .. }] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(*slots, [*slot]);
+    let told = b.notices();
+    assert!(told.iter().any(|n| matches!(n, Notice::HoldBackOver { slot: over } if over == slot)), "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_keeps_a_slot_after_all_reads_on() {
+    let t = connect();
+    slots(&t, "a.b", 2).await;
+    let mut a = open(&t, spec("s", &["a.b"])).await;
+    (0..10).for_each(|i| publish(&t, "a.b", &format!("k{i}"), i));
+    let _out = a.take(10).await;
+    let b = open(&t, spec("s", &["a.b"])).await;
+    (0..10).for_each(|i| publish(&t, "a.b", &format!("k{i}"), i));
+    a.poll_now(100);
+    let reading = tokio::spawn(async move {
+        a.take(10).await;
+    });
+    tokio::task::yield_now().await;
+    assert!(!reading.is_finished());
+    drop(b);
+    reading.await.unwrap();
+}

@@ -245,3 +245,14 @@ async fn it_says_what_it_is() {
     assert!(MemoryTransport::from_url("memory://a?x=1").is_err());
     assert!(MemoryTransport::from_url("memory://?capacity=0").is_err());
 }
+
+#[tokio::test(start_paused = true)]
+async fn removing_dead_letters_makes_room() {
+    let t = small(2 * KIB);
+    let to = Destination::DeadLetter(name("s"));
+    assert!(send(&t, to, message_of_size("a.b", 2000), None, false).await.is_none());
+    let waits = to_topic(&t, message_of_size("a.b", 1000));
+    let letters = t.dead_letters(&name("s")).await.unwrap();
+    assert_eq!(letters.remove(&[letters.page(None, 1).await.unwrap()[0].position]).await.unwrap(), 1);
+    assert!(waits.now_or_never().unwrap().is_none());
+}

@@ -259,6 +259,9 @@ async fn a_delayed_publish_reaches_who_subscribed_before_it_was_due() {
     assert!((60..61).contains(&start.elapsed().as_secs()));
     middle.expect("delayed").await;
     open(&t, spec("late", &["a.b"])).await.nothing();
+    publish_in(&t, Duration::from_secs(60), "a.b", "nobody polls");
+    advance(Duration::from_secs(61)).await;
+    open(&t, spec("later", &["a.b"])).await.nothing();
 }
 
 #[tokio::test(start_paused = true)]
@@ -420,4 +423,23 @@ async fn lost_leases_are_told_and_the_events_come_again() {
     again.acker.ack();
     reader.expect("2").await;
     assert_eq!(native(&t).lose_leases(&name("x")).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_becomes_ready_wakes_who_waits_for_it() {
+    let t = connect();
+    for spec in [spec("ordered", &["a.b"]), unordered("unordered", &["a.b"])] {
+        let mut reader = open(&t, spec).await;
+        publish(&t, "a.b", "", "released");
+        let out = reader.next().await;
+        let waiting = tokio::spawn(async move {
+            reader.expect("released").await.acker.ack();
+            reader.expect("delayed").await.acker.ack();
+        });
+        tokio::task::yield_now().await;
+        out.acker.release(Duration::ZERO);
+        tokio::task::yield_now().await;
+        publish_in(&t, Duration::from_secs(1), "a.b", "delayed");
+        waiting.await.unwrap();
+    }
 }
