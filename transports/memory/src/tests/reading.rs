@@ -434,10 +434,12 @@ async fn whatever_becomes_ready_wakes_who_waits_for_it() {
         let out = reader.next().await;
         let waiting = tokio::spawn(async move {
             reader.expect("released").await.acker.ack();
-            reader.expect("delayed").await.acker.ack();
+            reader
         });
         tokio::task::yield_now().await;
         out.acker.release(Duration::ZERO);
+        let mut reader = waiting.await.unwrap();
+        let waiting = tokio::spawn(async move { reader.expect("delayed").await.acker.ack() });
         tokio::task::yield_now().await;
         publish_in(&t, Duration::from_secs(1), "a.b", "delayed");
         waiting.await.unwrap();
