@@ -1,11 +1,15 @@
 //! The broker's answer to a published message.
 
 use super::gate::Pass;
-use crate::{Error, ErrorKind};
+use crate::transport::{Destination, Outgoing, Publisher};
+use crate::{Error, ErrorKind, Message};
 use parking_lot::Mutex;
 use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 use tokio::sync::Semaphore;
 
 /// What is known of a message whose publish failed.
@@ -138,6 +142,39 @@ impl Flight {
         if let Some(waker) = waker {
             waker.wake();
         }
+    }
+}
+
+/// Submits up to 64 messages (where to, what, delay, owed) at once; the future resolves to the failures by index.
+///
+/// For tests of transports and for tools. Dropping the future abandons what is unanswered.
+pub fn submit_and_wait(
+    publisher: &dyn Publisher,
+    batch: Vec<(Destination, Message, Option<Duration>, bool)>,
+) -> impl Future<Output = Vec<(usize, PublishFailure)>> + Send + use<> {
+    let flight = Flight::new(batch.len(), Arc::new(Semaphore::new(0)), None);
+    publisher.submit(&mut batch.iter().zip(0..).map(|((destination, message, delay, owed), index)| Outgoing {
+        destination: destination.clone(),
+        message,
+        delay: *delay,
+        owed: *owed,
+        receipt: flight.receipt(index),
+    }));
+    Answers(flight)
+}
+
+struct Answers(Arc<Flight>);
+
+impl Future for Answers {
+    type Output = Vec<(usize, PublishFailure)>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.poll_answers(cx)
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        drop(self.0.abandon());
     }
 }
 

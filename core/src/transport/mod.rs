@@ -7,7 +7,7 @@
 mod acker;
 mod prefix;
 
-pub use crate::publish::flight::{Fate, PublishFailure, Receipt};
+pub use crate::publish::flight::{Fate, PublishFailure, Receipt, submit_and_wait};
 pub use acker::{ABANDONED_BACKOFF, Acker, Lease, Settle, Settlement, Tag};
 pub use prefix::PrefixTracker;
 
@@ -92,7 +92,8 @@ pub trait Publisher: Send + Sync + 'static {
     ///   broker has taken responsibility for it or refused it;
     /// - nothing is un-sent when the caller loses interest; a message still waiting for room inside the
     ///   transport may then be dropped ([`Receipt::is_abandoned`]);
-    /// - a message that is [`owed`](Outgoing::owed) does not wait for room.
+    /// - a message that is [`owed`](Outgoing::owed) does not wait for room;
+    /// - the iterator neither settles nor publishes, so it may be driven under the transport's own lock.
     fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>);
 }
 
@@ -103,7 +104,7 @@ pub struct Outgoing<'a> {
     pub destination: Destination,
     /// What is sent.
     pub message: &'a Message,
-    /// Not to be delivered before this time from now has passed.
+    /// Not to be delivered before this time from now has passed; dead letters have none.
     pub delay: Option<Duration>,
     /// Published to settle a delivery (returned by a handler, a retry, a dead letter): room for it must
     /// be made, because the delivery cannot end before.
@@ -151,7 +152,7 @@ pub trait Subscription: Send + 'static {
 pub struct Polled {
     /// Deliveries, in order.
     pub deliveries: Vec<Delivery>,
-    /// What changed.
+    /// What changed before these deliveries; core heeds it first.
     pub notices: Vec<Notice>,
 }
 
@@ -181,7 +182,9 @@ pub enum Notice {
     /// Leases were lost or are being revoked: ask each acker.
     Leases,
     /// This instance took over a slot. What has a position after `after` is handed to no handler until
-    /// [`HoldBackOver`](Self::HoldBackOver): older events that the former owner left open are still to come.
+    /// [`HoldBackOver`](Self::HoldBackOver): older events that the former owner left open are still to come. The
+    /// transport keeps room for them within `max_in_flight`, hands them out in the order of their positions, and ends
+    /// the hold-back of a slot that is lost or handed on.
     HoldBack {
         /// The slot taken over.
         slot: u32,
