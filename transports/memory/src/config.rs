@@ -1,9 +1,12 @@
 //! How the transport is configured.
 
+use crate::MemoryTransport;
 use crate::error::error;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::time::Duration;
-use tidings_core::{ErrorKind, Result};
+use tidings_core::transport::{BoxFuture, Transport};
+use tidings_core::{BusConfig, Connect, ErrorKind, Result};
 
 const MIB: usize = 1024 * 1024;
 
@@ -90,6 +93,12 @@ impl MemoryConfig {
             }
         }
         Ok(())
+    }
+}
+
+impl Connect for MemoryConfig {
+    fn connect(self) -> BoxFuture<Result<(Arc<dyn Transport>, BusConfig)>> {
+        Box::pin(async move { Ok((MemoryTransport::connect(self)? as Arc<dyn Transport>, BusConfig::default())) })
     }
 }
 
