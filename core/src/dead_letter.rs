@@ -97,22 +97,27 @@ impl Failures {
     }
 }
 
-/// Makes `message` a dead letter: the original bytes, attributes and headers, and why it is here.
-pub(crate) fn bury(
-    message: &mut Message,
-    subscription: &SubscriptionName,
-    reason: DeadLetterReason,
-    error: &str,
-    failures: &Failures,
-    now: SystemTime,
-) {
-    failures.write(message);
-    let headers = &mut message.headers;
-    headers.set(header::REASON, reason.as_str());
-    headers.set(header::ERROR, clean_line(error, 1024));
-    headers.set(header::SUBSCRIPTION, subscription.to_string());
-    headers.set(header::ORIGIN, message.topic.to_string());
-    headers.set(header::TIME, to_rfc3339(now));
+/// Why and when a message is dead-lettered.
+#[derive(Debug)]
+pub(crate) struct Burial<'a> {
+    pub(crate) subscription: &'a SubscriptionName,
+    pub(crate) reason: DeadLetterReason,
+    pub(crate) error: &'a str,
+    pub(crate) failures: &'a Failures,
+    pub(crate) now: SystemTime,
+}
+
+impl Burial<'_> {
+    /// Makes `message` a dead letter: the original bytes, attributes and headers, and why it is here.
+    pub(crate) fn write(&self, message: &mut Message) {
+        self.failures.write(message);
+        let headers = &mut message.headers;
+        headers.set(header::REASON, self.reason.as_str());
+        headers.set(header::ERROR, clean_line(self.error, 1024));
+        headers.set(header::SUBSCRIPTION, self.subscription.to_string());
+        headers.set(header::ORIGIN, message.topic.to_string());
+        headers.set(header::TIME, to_rfc3339(self.now));
+    }
 }
 
 #[cfg(test)]
@@ -129,14 +134,11 @@ mod tests {
         failures.count(SystemTime::UNIX_EPOCH);
         failures.count(SystemTime::now());
         let mut letter = original.clone();
-        bury(
-            &mut letter,
-            &SubscriptionName::new("billing.shop.order").unwrap(),
-            DeadLetterReason::Exhausted,
-            "no\r\nbank",
-            &failures,
-            SystemTime::now(),
-        );
+        let (subscription, reason) =
+            (SubscriptionName::new("billing.shop.order").unwrap(), DeadLetterReason::Exhausted);
+        let now = SystemTime::now();
+        Burial { subscription: &subscription, reason, error: "no\r\nbank", failures: &failures, now }
+            .write(&mut letter);
         assert_eq!((&letter.id, &letter.payload), (&original.id, &original.payload));
         let get = |name| letter.headers.get_str(name).unwrap();
         assert_eq!((get("x-tenant"), get(header::REASON), get(header::ERROR)), ("a", "exhausted", "no  bank"));

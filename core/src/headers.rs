@@ -135,7 +135,7 @@ impl Headers {
     #[must_use]
     pub fn is_reserved(name: &str) -> bool {
         let starts = |prefix: &&str| name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix));
-        RESERVED_PREFIXES.iter().any(|p| starts(p)) || RESERVED_NAMES.iter().any(|n| name.eq_ignore_ascii_case(n))
+        RESERVED_PREFIXES.iter().any(starts) || RESERVED_NAMES.iter().any(|n| name.eq_ignore_ascii_case(n))
     }
 }
 

@@ -144,7 +144,7 @@ impl RetryPolicy {
     /// An error of type `E`, or one caused by it, is final: dead-lettered at once.
     #[must_use]
     pub fn reject_on<E: StdError + 'static>(mut self) -> Self {
-        self.reject.push(|error| error.is::<E>());
+        self.reject.push(<dyn StdError>::is::<E>);
         self
     }
 

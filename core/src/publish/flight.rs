@@ -150,7 +150,7 @@ impl Flight {
 /// For tests of transports and for tools. Dropping the future abandons what is unanswered.
 pub fn submit_and_wait(
     publisher: &dyn Publisher,
-    batch: Vec<(Destination, Message, Option<Duration>, bool)>,
+    batch: &[(Destination, Message, Option<Duration>, bool)],
 ) -> impl Future<Output = Vec<(usize, PublishFailure)>> + Send + use<> {
     let flight = Flight::new(batch.len(), Arc::new(Semaphore::new(0)), None);
     publisher.submit(&mut batch.iter().zip(0..).map(|((destination, message, delay, owed), index)| Outgoing {

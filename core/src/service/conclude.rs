@@ -2,7 +2,7 @@
 
 use super::lanes::Job;
 use super::worker::Worker;
-use crate::dead_letter::bury;
+use crate::dead_letter::Burial;
 use crate::error::{clean_line, one_line};
 use crate::handler::Verdict;
 use crate::publish::Post;
@@ -179,7 +179,8 @@ impl Worker {
         let subscribed = &self.subscribed;
         let mut message = job.delivery.message.clone();
         let now = subscribed.scope.bus.clock().now();
-        bury(&mut message, &subscribed.name, reason, &failure.error, &job.failures, now);
+        let (subscription, error, failures) = (&subscribed.name, failure.error.as_str(), &job.failures);
+        Burial { subscription, reason, error, failures, now }.write(&mut message);
         let post = Post { destination: Destination::DeadLetter(subscribed.name.clone()), message, delay: None };
         if self.owe(vec![post], true).await.is_ok() {
             subscribed.counters.dead_lettered.fetch_add(1, Relaxed);

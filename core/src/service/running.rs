@@ -178,6 +178,6 @@ pub(super) async fn signal() {
     }
     if tokio::signal::ctrl_c().await.is_err() {
         // Without signals there is nothing to wait for.
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }

@@ -401,4 +401,5 @@ pub enum Health {
 }
 
 // The contract is used as trait objects.
-const _: fn(&dyn Transport, &dyn Publisher, &dyn Subscription, &dyn Settle, &dyn DeadLetters) = |_, _, _, _, _| {};
+const _: fn(&dyn Transport, &dyn Publisher) = |_, _| {};
+const _: fn(&dyn Subscription, &dyn Settle, &dyn DeadLetters) = |_, _, _| {};

@@ -86,7 +86,7 @@ pub(crate) fn send(
     delay: Option<Duration>,
     owed: bool,
 ) -> impl Future<Output = Option<PublishFailure>> + use<> {
-    let answers = submit_and_wait(&*transport.publisher(), vec![(to, message, delay, owed)]);
+    let answers = submit_and_wait(&*transport.publisher(), &[(to, message, delay, owed)]);
     answers.map(|failures| failures.into_iter().next().map(|(_, failure)| failure))
 }
 

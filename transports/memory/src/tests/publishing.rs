@@ -86,7 +86,7 @@ async fn what_cannot_be_sent_is_refused_by_index() {
         (Destination::DeadLetter(name("none")), event(), Some(ms(1)), false),
         (Destination::DeadLetter(name("none")), event(), None, false),
     ];
-    let failures = submit_and_wait(&*t.publisher(), batch).await;
+    let failures = submit_and_wait(&*t.publisher(), &batch).await;
     let seen: Vec<_> = failures.iter().map(|(i, f)| (*i, f.fate, f.error.kind())).collect();
     assert_eq!(seen, [(1, Fate::NotPersisted, ErrorKind::NotFound), (2, Fate::NotPersisted, ErrorKind::Unsupported)]);
 }
@@ -185,7 +185,7 @@ async fn closing_ends_this_transport_alone() {
     assert!(matches!(other.health(), Health::Up));
 
     let failure =
-        submit_and_wait(&*publisher, vec![(Destination::Topic(topic("a.b")), saying("a.b", "", 1), None, true)]).await;
+        submit_and_wait(&*publisher, &[(Destination::Topic(topic("a.b")), saying("a.b", "", 1), None, true)]).await;
     assert_eq!((failure[0].1.fate, failure[0].1.error.kind()), (Fate::NotPersisted, ErrorKind::Closed));
     let from = tidings_core::transport::ReplayFrom::Beginning;
     for error in [
