@@ -51,6 +51,18 @@ pub enum BusEvent {
         /// Its type.
         event_type: Text,
     },
+    /// All recent runs of a subscription failed for now: it probes with one event at a time and counts no attempts.
+    OutageBegan {
+        /// The subscription.
+        subscription: SubscriptionName,
+        /// The last error, in one line.
+        error: Text,
+    },
+    /// A run has passed: the subscription goes on at full speed.
+    OutageOver {
+        /// The subscription.
+        subscription: SubscriptionName,
+    },
     /// What settles a delivery could not be published; it is tried until it can.
     PublishStalled {
         /// The subscription.

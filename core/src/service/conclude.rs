@@ -1,6 +1,7 @@
 //! How a delivery ends: acked after what its handler returned is confirmed, held, sent aside, or dead-lettered.
 
 use super::lanes::Job;
+use super::outage::Told;
 use super::worker::Worker;
 use crate::dead_letter::Burial;
 use crate::error::{clean_line, one_line};
@@ -137,6 +138,10 @@ impl Worker {
     async fn fail(&mut self, mut job: Job, failure: Failure) {
         let subscribed = &self.subscribed;
         subscribed.counters.failed.fetch_add(1, Relaxed);
+        if failure.verdict != Verdict::Reject && self.is_outage(&job, &failure) {
+            // Not counted: it is what the handler depends on that failed.
+            return self.hold_for_now(job);
+        }
         if failure.ran {
             job.failures.count(subscribed.scope.bus.clock().now());
         }
@@ -146,6 +151,23 @@ impl Worker {
             Next::Aside(delay) => self.step_aside(job, delay, failure).await,
             Next::Bury(reason) => self.dead_letter(job, reason, failure).await,
         }
+    }
+
+    /// Notes a failure that may pass, and says whether it is part of an outage.
+    fn is_outage(&self, job: &Job, failure: &Failure) -> bool {
+        let subscribed = &self.subscribed;
+        let told = subscribed.lanes.lock().outage.failed(&job.delivery.message.id, Instant::now());
+        if told == Told::Began {
+            let (subscription, error) = (subscribed.name.clone(), failure.error.as_str().into());
+            subscribed.scope.bus.tell().tell(BusEvent::OutageBegan { subscription, error });
+        }
+        matches!(told, Told::Began | Told::GoesOn)
+    }
+
+    /// Puts the job back, to be run again when it is its turn to probe.
+    fn hold_for_now(&self, job: Job) {
+        self.subscribed.with_lanes(|lanes| lanes.hold(job, Instant::now()));
+        self.subscribed.pump.notify_one();
     }
 
     fn hold(&self, mut job: Job, delay: Duration, failure: Failure) {
@@ -164,7 +186,7 @@ impl Worker {
         match self.owe(vec![Post { destination, message, delay: Some(delay) }], false).await {
             Ok(_) => {
                 self.tell_retry(&job, delay, failure);
-                self.subscribed.ack_failed(job);
+                self.subscribed.ack_replaced(job, false);
             }
             Err(error) => {
                 let error = format!("{}; and it could not step aside: {}", failure.error, one_line(&error));
@@ -185,9 +207,10 @@ impl Worker {
         if self.owe(vec![post], true).await.is_ok() {
             subscribed.counters.dead_lettered.fetch_add(1, Relaxed);
             let (subscription, id) = (subscribed.name.clone(), job.delivery.message.id.clone());
-            let error = failure.error.into();
+            let error = failure.error.as_str().into();
             subscribed.scope.bus.tell().tell(BusEvent::DeadLettered { subscription, id, reason, error });
-            subscribed.ack_failed(job);
+            // What was rejected by its handler shows that what the handler depends on is there.
+            subscribed.ack_replaced(job, failure.verdict == Verdict::Reject);
         }
     }
 

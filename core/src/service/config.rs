@@ -1,5 +1,6 @@
 //! How one subscription of a service behaves.
 
+use super::OutagePolicy;
 use crate::handler::EventInfo;
 use crate::transport::{Capabilities, Ordering, Start, SubscriptionSpec};
 use crate::{Error, ErrorKind, Result, RetryMode, RetryPolicy, SubscriptionName, Topic, TopicPattern};
@@ -26,6 +27,7 @@ pub struct SubscriptionConfig {
     pub(crate) timeout: Option<Duration>,
     pub(crate) start: Start,
     pub(crate) batch: usize,
+    pub(crate) outage: Option<OutagePolicy>,
 }
 
 impl Default for SubscriptionConfig {
@@ -40,6 +42,7 @@ impl Default for SubscriptionConfig {
             timeout: Some(Duration::from_secs(60)),
             start: Start::New,
             batch: 100,
+            outage: Some(OutagePolicy::default()),
         }
     }
 }
@@ -112,6 +115,20 @@ impl SubscriptionConfig {
     #[must_use]
     pub fn batch(mut self, events: usize) -> Self {
         self.batch = events;
+        self
+    }
+
+    /// When failures are taken for an outage, in which no attempts are counted. Default: [`OutagePolicy::default`].
+    #[must_use]
+    pub fn outage(mut self, policy: OutagePolicy) -> Self {
+        self.outage = Some(policy);
+        self
+    }
+
+    /// Failures are never taken for an outage: each counts as an attempt.
+    #[must_use]
+    pub fn without_outage(mut self) -> Self {
+        self.outage = None;
         self
     }
 

@@ -1,5 +1,6 @@
 //! Which event may be handled next: lanes by topic and key, holds, hold-back after a takeover. Pure data, no tasks.
 
+use super::outage::Outage;
 use crate::dead_letter::Failures;
 use crate::transport::{Acker, Delivery, Ordering};
 use crate::{Key, MessageId, Text, Topic};
@@ -38,6 +39,7 @@ pub(crate) struct Lanes {
     /// By slot, the last position that a former owner may have been handed.
     hold_backs: HashMap<u32, u64>,
     running: usize,
+    pub(crate) outage: Outage,
     /// The reader has stopped for want of room.
     starved: bool,
     stopped: bool,
@@ -83,7 +85,7 @@ struct Lane {
 
 impl Lanes {
     /// Lanes for at most `limit` deliveries, handled by `routes` routes.
-    pub(crate) fn new(ordering: Ordering, limit: usize, routes: usize) -> Self {
+    pub(crate) fn new(ordering: Ordering, limit: usize, routes: usize, outage: Outage) -> Self {
         Self {
             ordering,
             limit,
@@ -93,6 +95,7 @@ impl Lanes {
             holds: BTreeSet::new(),
             hold_backs: HashMap::new(),
             running: 0,
+            outage,
             starved: false,
             stopped: false,
         }
@@ -185,11 +188,16 @@ impl Lanes {
 
     /// Takes the next ready job of a route to be run.
     pub(crate) fn take(&mut self, route: usize) -> Option<Job> {
-        if self.stopped {
+        if !self.may_start() {
             return None;
         }
         let id = self.ready[route].pop_front()?;
         self.start(id)
+    }
+
+    /// Whether a job may be run now: during an outage, one at a time, when a probe is due.
+    fn may_start(&self) -> bool {
+        !self.stopped && self.outage.next_probe().is_none_or(|probe| self.running == 0 && probe <= Instant::now())
     }
 
     /// Takes up to `max` jobs to be run together with `first`: those behind it in its lane, then what else is ready.
@@ -282,16 +290,14 @@ impl Lanes {
         }
     }
 
-    /// Makes ready what is due, and says when the next is.
+    /// Makes ready what is due, and says when the next job, or the next probe, is.
     pub(crate) fn wake_due(&mut self, now: Instant) -> Option<Instant> {
-        while let Some((due, id)) = self.holds.first().copied() {
-            if due > now {
-                return Some(due);
-            }
-            self.holds.pop_first();
+        while let Some((due, id)) = self.holds.first().copied().filter(|(due, _)| *due <= now) {
+            self.holds.remove(&(due, id));
             self.activate(id);
         }
-        None
+        let probe = self.outage.next_probe().filter(|probe| *probe > now);
+        self.holds.first().map(|(due, _)| *due).into_iter().chain(probe).min()
     }
 
     /// Nothing of `slot` newer than `after` becomes ready from now on.
@@ -344,7 +350,7 @@ impl Lanes {
 
     /// Whether a route has something to do.
     pub(crate) fn has_ready(&self, route: usize) -> bool {
-        !self.stopped && !self.ready[route].is_empty()
+        !self.ready[route].is_empty() && self.may_start()
     }
 
     /// Hands out nothing any more.

@@ -3,17 +3,20 @@
 mod conclude;
 mod config;
 mod lanes;
+mod outage;
 mod pump;
 mod running;
 pub(crate) mod worker;
 
 pub use config::SubscriptionConfig;
+pub use outage::OutagePolicy;
 pub use running::{Drained, Running, Stats};
 
 use crate::handler::{Args, EventInfo, Handler, IntoOutcome, Route, Routed, Scope, Setup, States};
 use crate::transport::{Acker, SubscriptionSpec, Topology};
-use crate::{Bus, Error, ErrorKind, Result, RetryMode, SubscriptionName, Text};
+use crate::{Bus, BusEvent, Error, ErrorKind, Result, RetryMode, SubscriptionName, Text};
 use lanes::{Job, JobId, Lanes};
+use outage::{Outage, Told};
 use parking_lot::Mutex;
 use running::Counters;
 use std::fmt;
@@ -248,7 +251,12 @@ impl Subscribed {
             source,
             retry_mode: config.retry_mode(spec.ordering),
             scope,
-            lanes: Mutex::new(Lanes::new(spec.ordering, config.max_in_flight, routes.len())),
+            lanes: Mutex::new(Lanes::new(
+                spec.ordering,
+                config.max_in_flight,
+                routes.len(),
+                Outage::new(config.outage),
+            )),
             ready: routes.iter().map(|_| Notify::new()).collect(),
             pump: Notify::new(),
             counters: Counters::default(),
@@ -281,11 +289,18 @@ impl Subscribed {
         if self.routes[route].accepts().batch { self.config.batch } else { 1 }
     }
 
-    /// Ends a running job in the lanes, and tells the pump when it should read again.
-    fn finish(&self, id: JobId) -> Option<Acker> {
-        let (successor, should_read) = self.with_lanes(|lanes| (lanes.finish(id), lanes.should_read()));
-        if should_read {
+    /// Ends a running job in the lanes, and tells the pump when it should read again. `passed` says that its handler
+    /// did not fail for now.
+    fn finish(&self, id: JobId, passed: bool) -> Option<Acker> {
+        let (successor, should_read, told) = self.with_lanes(|lanes| {
+            let told = if passed { lanes.outage.passed() } else { Told::Nothing };
+            (lanes.finish(id), lanes.should_read(), told)
+        });
+        if should_read || told == Told::Over {
             self.pump.notify_one();
+        }
+        if told == Told::Over {
+            self.scope.bus.tell().tell(BusEvent::OutageOver { subscription: self.name.clone() });
         }
         successor
     }
@@ -293,20 +308,18 @@ impl Subscribed {
     /// The event was handled.
     fn ack(&self, job: Job) {
         self.counters.handled.fetch_add(1, Relaxed);
-        self.ack_failed(job);
+        let successor = self.finish(job.id, true);
+        successor.unwrap_or(job.delivery.acker).ack();
     }
 
     /// The event was not handled, but what replaces it is durable.
-    fn ack_failed(&self, job: Job) {
-        let successor = self.finish(job.id);
+    fn ack_replaced(&self, job: Job, passed: bool) {
+        let successor = self.finish(job.id, passed);
         successor.unwrap_or(job.delivery.acker).ack();
     }
 
     fn stats(&self) -> Stats {
-        let (in_flight, running) = {
-            let lanes = self.lanes.lock();
-            (lanes.len(), lanes.running())
-        };
-        self.counters.snapshot(in_flight, running)
+        let lanes = self.lanes.lock();
+        self.counters.snapshot(lanes.len(), lanes.running(), lanes.outage.next_probe().is_some())
     }
 }

@@ -55,6 +55,8 @@ pub struct Stats {
     pub in_flight: usize,
     /// Runs going on now.
     pub running: usize,
+    /// All recent runs failed for now: it probes with one event at a time ([`OutagePolicy`](crate::OutagePolicy)).
+    pub outage: bool,
 }
 
 #[derive(Debug, Default)]
@@ -68,7 +70,7 @@ pub(super) struct Counters {
 }
 
 impl Counters {
-    pub(super) fn snapshot(&self, in_flight: usize, running: usize) -> Stats {
+    pub(super) fn snapshot(&self, in_flight: usize, running: usize, outage: bool) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Relaxed);
         Stats {
             handled: get(&self.handled),
@@ -79,6 +81,7 @@ impl Counters {
             published: get(&self.published),
             in_flight,
             running,
+            outage,
         }
     }
 }

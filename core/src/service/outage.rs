@@ -1,0 +1,154 @@
+//! An outage is not a poison: when everything fails for now, the subscription waits instead of dead-lettering.
+
+use crate::{Backoff, MessageId};
+use std::collections::{HashSet, VecDeque};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// When a subscription takes failures for an outage of something its handlers depend on.
+///
+/// When the last `runs` runs, of at least `events` different events, all failed transiently, it pauses: it probes with
+/// one event at a time, with back-off, and counts no attempts, until one succeeds. A database that is down for an hour
+/// leaves no dead letters behind.
+///
+/// The default: 10 runs of at least 5 events; probes after 100 ms, then doubling up to 800 ms, so that full speed is back
+/// within a second of the dependency's return.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OutagePolicy {
+    runs: usize,
+    events: usize,
+    probes: Backoff,
+}
+
+impl Default for OutagePolicy {
+    fn default() -> Self {
+        let probes = Backoff::new(Duration::from_millis(100), Duration::from_millis(800)).without_jitter();
+        Self { runs: 10, events: 5, probes }
+    }
+}
+
+impl OutagePolicy {
+    /// After how many failed runs in a row, of how many different events at least. With one event, a poisoned event in a
+    /// quiet subscription is taken for an outage, and is retried for ever.
+    #[must_use]
+    pub fn after(mut self, runs: usize, events: usize) -> Self {
+        (self.runs, self.events) = (runs.max(1), events.clamp(1, runs.max(1)));
+        self
+    }
+
+    /// How long between probes: `first`, then doubling up to `max`.
+    #[must_use]
+    pub fn probe_every(mut self, first: Duration, max: Duration) -> Self {
+        self.probes = Backoff::new(first, max).without_jitter();
+        self
+    }
+}
+
+/// The last runs of one subscription, and the outage they amount to.
+#[derive(Debug)]
+pub(crate) struct Outage {
+    /// `None` never pauses.
+    policy: Option<OutagePolicy>,
+    /// The events whose runs failed since the last success, the newest last; at most `runs`.
+    failed: VecDeque<MessageId>,
+    probing: Option<Probing>,
+}
+
+#[derive(Debug)]
+struct Probing {
+    next: Instant,
+    failures: u32,
+}
+
+/// What a run has told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    Nothing,
+    /// An outage has begun.
+    Began,
+    /// It goes on.
+    GoesOn,
+    /// It is over.
+    Over,
+}
+
+impl Outage {
+    pub(crate) fn new(policy: Option<OutagePolicy>) -> Self {
+        Self { policy, failed: VecDeque::new(), probing: None }
+    }
+
+    /// A run has succeeded, or failed for good, which says that what it depends on is there.
+    pub(crate) fn passed(&mut self) -> Told {
+        self.failed.clear();
+        if self.probing.take().is_some() { Told::Over } else { Told::Nothing }
+    }
+
+    /// A run of `event` has failed for now.
+    pub(crate) fn failed(&mut self, event: &MessageId, now: Instant) -> Told {
+        let Some(policy) = self.policy else { return Told::Nothing };
+        if let Some(probing) = &mut self.probing {
+            // Runs that had begun before are no probes.
+            if now >= probing.next {
+                probing.failures = probing.failures.saturating_add(1);
+                probing.next = now + policy.probes.delay(probing.failures);
+            }
+            return Told::GoesOn;
+        }
+        if self.failed.len() == policy.runs {
+            self.failed.pop_front();
+        }
+        self.failed.push_back(event.clone());
+        let all = self.failed.len() == policy.runs;
+        if !all || self.failed.iter().collect::<HashSet<_>>().len() < policy.events {
+            return Told::Nothing;
+        }
+        self.probing = Some(Probing { next: now + policy.probes.delay(1), failures: 1 });
+        Told::Began
+    }
+
+    /// When the next probe may start; `None` without an outage.
+    pub(crate) fn next_probe(&self) -> Option<Instant> {
+        self.probing.as_ref().map(|probing| probing.next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(n: usize) -> MessageId {
+        format!("{n}").into()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_failures_of_many_events_are_an_outage_until_one_passes() {
+        let mut outage = Outage::new(Some(OutagePolicy::default()));
+        let now = Instant::now();
+        assert!((0..9).all(|n| outage.failed(&id(n % 5), now) == Told::Nothing));
+        assert_eq!(outage.failed(&id(1), now), Told::Began);
+        let probe = outage.next_probe().unwrap();
+        assert_eq!(probe, now + Duration::from_millis(100));
+        assert_eq!((outage.failed(&id(2), now), outage.next_probe()), (Told::GoesOn, Some(probe)), "not a probe");
+        assert_eq!(
+            (outage.failed(&id(2), probe), outage.next_probe()),
+            (Told::GoesOn, Some(probe + Duration::from_millis(200)))
+        );
+        assert_eq!((outage.passed(), outage.next_probe()), (Told::Over, None));
+        assert_eq!(outage.passed(), Told::Nothing);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_few_poisoned_events_are_no_outage() {
+        let mut outage = Outage::new(Some(OutagePolicy::default()));
+        assert!((0..1000).all(|n| outage.failed(&id(n % 4), Instant::now()) == Told::Nothing));
+        let mut off = Outage::new(None);
+        assert!((0..1000).all(|n| off.failed(&id(n), Instant::now()) == Told::Nothing));
+        let mut mixed = Outage::new(Some(OutagePolicy::default()));
+        for n in 0..1000 {
+            assert_eq!(mixed.failed(&id(n), Instant::now()), Told::Nothing);
+            if n % 9 == 8 {
+                mixed.passed();
+            }
+        }
+    }
+}
