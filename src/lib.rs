@@ -18,7 +18,7 @@ pub use tidings_memory as memory;
 
 /// What a service needs, in one import.
 pub mod prelude {
-    pub use crate::handler::{Attempt, Metadata, State};
+    pub use crate::handler::{Attempt, Delivered, Lease, Metadata, State};
     pub use crate::transport::{Ordering, Start};
     pub use crate::{
         Batch, Bus, Config, ErrorKind, Event, HandlerError, Headers, PublishOptions, RawMessage, RetryPolicy, Service,

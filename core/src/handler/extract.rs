@@ -1,15 +1,20 @@
 //! What handlers may ask for after the event.
 
+use crate::service::Subscribed;
+use crate::service::lanes::Job;
+use crate::transport::{self, Watcher};
 use crate::{Bus, Error, ErrorKind, Headers, Message, Result};
 use bytes::Bytes;
 use std::any::{Any, TypeId, type_name};
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// What a handler may take after the event.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be extracted",
     label = "not an extractor",
-    note = "after the event a handler may take `State<T>`, `Metadata`, `Attempt`, `Headers` or `Bus`, by value"
+    note = "after the event a handler may take `State<T>`, `Metadata`, `Delivered`, `Attempt`, `Lease`, `Headers` or `Bus`, by value"
 )]
 pub trait Extract: Sized + Send + 'static {
     /// Refuses at start what could never be extracted.
@@ -45,18 +50,17 @@ impl Setup<'_> {
 }
 
 /// One run of a handler; for [`Extract::extract`].
-#[derive(Debug)]
 pub struct Context<'a> {
+    pub(crate) subscribed: &'a Arc<Subscribed>,
     pub(crate) scope: &'a Scope,
-    pub(crate) message: &'a Message,
-    pub(crate) attempt: u32,
+    pub(crate) job: &'a Job,
 }
 
 impl Context<'_> {
     /// The message of the run; the first one of a batch.
     #[must_use]
     pub fn message(&self) -> &Message {
-        self.message
+        &self.job.delivery.message
     }
 
     /// The state of type `T` given to the service.
@@ -68,13 +72,19 @@ impl Context<'_> {
     /// Which run of the handler this is, from 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
-        self.attempt
+        self.job.failures.attempts + 1
     }
 
     /// The bus the service runs on.
     #[must_use]
     pub fn bus(&self) -> &Bus {
         &self.scope.bus
+    }
+}
+
+impl std::fmt::Debug for Context<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("job", self.job).finish_non_exhaustive()
     }
 }
 
@@ -134,7 +144,92 @@ impl Extract for Attempt {
     }
 
     fn extract(cx: &Context<'_>) -> Result<Self> {
-        Ok(Self(cx.attempt))
+        Ok(Self(cx.attempt()))
+    }
+}
+
+/// How the event came here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Delivered {
+    /// Which run of the handler for this event this is, from 1.
+    pub attempt: u32,
+    /// A handler may have begun or finished with it before: it was handed out again, published again without knowing
+    /// whether the first had arrived, replayed, or seen here lately. Not said of a retry, which has an `attempt`.
+    pub possible_duplicate: bool,
+    /// It was read by a replay.
+    pub replayed: bool,
+    /// Its place in its topic's (or slot's) order.
+    pub position: u64,
+    /// From its first publish until now, by the clocks of both machines; nothing if they disagree, or if another
+    /// client published it without a `recordedtime`.
+    pub delay: Option<Duration>,
+}
+
+impl Extract for Delivered {
+    fn check(setup: &Setup<'_>) -> Result<()> {
+        setup.needs_one_message("Delivered")
+    }
+
+    fn extract(cx: &Context<'_>) -> Result<Self> {
+        let Job { delivery, possible_duplicate, .. } = cx.job;
+        let now = cx.bus().clock().now();
+        Ok(Self {
+            attempt: cx.attempt(),
+            possible_duplicate: *possible_duplicate,
+            replayed: delivery.replayed,
+            position: delivery.position,
+            delay: delivery.message.recorded_time.and_then(|time| now.duration_since(time).ok()),
+        })
+    }
+}
+
+/// The right to work on the event, which can be lost to another instance while the handler runs.
+///
+/// What a handler returns after that is not published, but what it did before cannot be undone: a long handler can
+/// stop when it learns of it.
+pub struct Lease {
+    subscribed: Arc<Subscribed>,
+    watcher: Watcher,
+    job: usize,
+}
+
+impl Lease {
+    /// Whether another instance works on the event, or may.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.watcher.lease() == transport::Lease::Lost && !self.subscribed.has_successor(self.job)
+    }
+
+    /// Waits until the lease is lost; for ever, if it is not.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost with the future.
+    pub async fn lost(&self) {
+        loop {
+            let changed = self.subscribed.leases.notified();
+            if self.is_lost() {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease").field("lost", &self.is_lost()).finish()
+    }
+}
+
+impl Extract for Lease {
+    fn check(setup: &Setup<'_>) -> Result<()> {
+        setup.needs_one_message("Lease")
+    }
+
+    fn extract(cx: &Context<'_>) -> Result<Self> {
+        let watcher = cx.job.delivery.acker.watcher();
+        Ok(Self { subscribed: Arc::clone(cx.subscribed), watcher, job: cx.job.id })
     }
 }
 
@@ -148,7 +243,7 @@ impl Extract for Metadata {
     }
 
     fn extract(cx: &Context<'_>) -> Result<Self> {
-        let mut message = cx.message.clone();
+        let mut message = cx.message().clone();
         message.payload = Bytes::new();
         Ok(Self(message))
     }
@@ -160,7 +255,7 @@ impl Extract for Headers {
     }
 
     fn extract(cx: &Context<'_>) -> Result<Self> {
-        Ok(cx.message.headers.clone())
+        Ok(cx.message().headers.clone())
     }
 }
 

@@ -6,7 +6,7 @@ mod outcome;
 
 pub use error::HandlerError;
 pub(crate) use error::Verdict;
-pub use extract::{Attempt, Context, Extract, Metadata, Setup, State};
+pub use extract::{Attempt, Context, Delivered, Extract, Lease, Metadata, Setup, State};
 pub(crate) use extract::{Scope, States};
 pub(crate) use outcome::encode;
 pub use outcome::{IntoOutcome, Outputs};

@@ -115,7 +115,7 @@ impl Worker {
     /// with `job`, and take part in the ids.
     pub(super) async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<(), Failure> {
         let subscribed = &self.subscribed;
-        let lost = || job.delivery.acker.lease() == Lease::Lost && !subscribed.lanes.lock().has_successor(job.id);
+        let lost = || job.delivery.acker.lease() == Lease::Lost && !subscribed.has_successor(job.id);
         // Where the lease is lost, another instance handles it and publishes the same ids.
         if self.outputs.messages.is_empty() || lost() {
             return Ok(());

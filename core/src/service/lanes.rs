@@ -1,9 +1,10 @@
 //! Which event may be handled next: lanes by topic and key, holds, hold-back after a takeover. Pure data, no tasks.
 
 use super::outage::Outage;
+use super::recent::Recent;
 use crate::dead_letter::Failures;
 use crate::transport::{Acker, Delivery, Ordering};
-use crate::{Key, MessageId, Text, Topic};
+use crate::{Key, MessageId, Text, Topic, header};
 use slab::Slab;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
@@ -20,6 +21,8 @@ pub(crate) struct Job {
     pub(crate) failures: Failures,
     /// How long it has held its lane in all.
     pub(crate) held: Duration,
+    /// It may have been handled before: handed out again, published again, replayed, or seen lately.
+    pub(crate) possible_duplicate: bool,
     /// A batch with it has failed: from now on it runs alone.
     pub(crate) alone: bool,
 }
@@ -40,6 +43,7 @@ pub(crate) struct Lanes {
     hold_backs: HashMap<u32, u64>,
     running: usize,
     pub(crate) outage: Outage,
+    recent: Recent,
     /// The reader has stopped for want of room.
     starved: bool,
     stopped: bool,
@@ -96,6 +100,7 @@ impl Lanes {
             hold_backs: HashMap::new(),
             running: 0,
             outage,
+            recent: Recent::default(),
             starved: false,
             stopped: false,
         }
@@ -114,7 +119,10 @@ impl Lanes {
         let vacant = self.entries.vacant_entry();
         let id = vacant.key();
         let failures = Failures::of(message);
-        let job = Some(Job { id, delivery, failures, held: Duration::ZERO, alone: false });
+        let seen = self.recent.was_here(message, failures.attempts);
+        let published_again = message.headers.get(header::REPEAT).is_some();
+        let possible_duplicate = seen || published_again || delivery.redelivered || delivery.replayed;
+        let job = Some(Job { id, delivery, failures, held: Duration::ZERO, possible_duplicate, alone: false });
         let state = State::Waiting;
         vacant.insert(Entry {
             lane,
@@ -139,7 +147,10 @@ impl Lanes {
         let Some((_, entry)) = known else { return Some(delivery) };
         // What is replaced is dropped: its lease is lost, so that settles nothing.
         match &mut entry.job {
-            Some(job) => job.delivery.acker = delivery.acker,
+            Some(job) => {
+                job.delivery.acker = delivery.acker;
+                job.possible_duplicate = true;
+            }
             None => entry.successor = Some(delivery.acker),
         }
         None
@@ -277,6 +288,7 @@ impl Lanes {
         let entry = &mut self.entries[id];
         if let Some(acker) = entry.successor.take() {
             job.delivery.acker = acker;
+            job.possible_duplicate = true;
         }
         entry.job = Some(job);
         let first = entry.lane.as_ref().is_none_or(|key| self.lanes.get(key).is_none_or(|lane| lane.first == id));
@@ -322,7 +334,7 @@ impl Lanes {
 
     /// Whether a redelivered copy of a running job has come.
     pub(crate) fn has_successor(&self, id: JobId) -> bool {
-        self.entries[id].successor.is_some()
+        self.entries.get(id).is_some_and(|entry| entry.successor.is_some())
     }
 
     /// How many more deliveries there is room for; if none, the reader waits until it [should read](Self::should_read).

@@ -2,9 +2,10 @@
 
 mod conclude;
 mod config;
-mod lanes;
+pub(crate) mod lanes;
 mod outage;
 mod pump;
+mod recent;
 mod running;
 pub(crate) mod worker;
 
@@ -241,6 +242,8 @@ pub(crate) struct Subscribed {
     ready: Vec<Notify>,
     /// There is room again, or a hold has changed.
     pump: Notify,
+    /// Leases were lost.
+    pub(crate) leases: Notify,
     counters: Counters,
 }
 
@@ -259,6 +262,7 @@ impl Subscribed {
             )),
             ready: routes.iter().map(|_| Notify::new()).collect(),
             pump: Notify::new(),
+            leases: Notify::new(),
             counters: Counters::default(),
             name: spec.name,
             routes,
@@ -316,6 +320,11 @@ impl Subscribed {
     fn ack_replaced(&self, job: Job, passed: bool) {
         let successor = self.finish(job.id, passed);
         successor.unwrap_or(job.delivery.acker).ack();
+    }
+
+    /// Whether a redelivered copy of a running job has come, so that its result counts although its lease is lost.
+    pub(crate) fn has_successor(&self, id: JobId) -> bool {
+        self.lanes.lock().has_successor(id)
     }
 
     fn stats(&self) -> Stats {

@@ -69,8 +69,8 @@ impl Subscribed {
     fn notice(&self, notice: Notice) {
         let subscription = self.name.clone();
         match notice {
-            // Each acker is asked before its handler starts, and before what it returned is published.
-            Notice::Leases => {}
+            // Handlers that run may ask; the other leases are asked for when it is their turn.
+            Notice::Leases => self.leases.notify_waiters(),
             Notice::HoldBack { slot, after } => self.lanes.lock().hold_back(slot, after),
             Notice::HoldBackOver { slot } => self.with_lanes(|lanes| lanes.end_hold_back(slot)),
             Notice::Role(role) => self.scope.bus.tell().tell(BusEvent::Role { subscription, role }),

@@ -99,7 +99,7 @@ impl Worker {
     fn start<F>(&self, run: &Run, start: impl FnOnce(&[&Message], &Context<'_>) -> Result<F>) -> Result<F> {
         let message = &run.first.delivery.message;
         let max = self.subscribed.scope.bus.max_payload();
-        let cx = Context { scope: &self.subscribed.scope, message, attempt: run.first.failures.attempts + 1 };
+        let cx = Context { subscribed: &self.subscribed, scope: &self.subscribed.scope, job: &run.first };
         if run.more.is_empty() {
             check_size(message, max)?;
             return start(&[message], &cx);

@@ -60,6 +60,18 @@ pub struct Acker {
     tag: Tag,
 }
 
+/// Asks for the lease of a delivery that somebody else settles.
+pub(crate) struct Watcher {
+    settle: Option<Arc<dyn Settle>>,
+    tag: Tag,
+}
+
+impl Watcher {
+    pub(crate) fn lease(&self) -> Lease {
+        self.settle.as_ref().map_or(Lease::Lost, |settle| settle.lease(self.tag))
+    }
+}
+
 impl Acker {
     /// The acker of the delivery `tag`.
     #[must_use]
@@ -81,6 +93,10 @@ impl Acker {
     #[must_use]
     pub fn lease(&self) -> Lease {
         self.settle.as_ref().map_or(Lease::Lost, |settle| settle.lease(self.tag))
+    }
+
+    pub(crate) fn watcher(&self) -> Watcher {
+        Watcher { settle: self.settle.clone(), tag: self.tag }
     }
 
     fn settle_once(&mut self, settlement: Settlement) {
