@@ -18,8 +18,9 @@ use tokio::time::{Instant, timeout_at};
 pub struct Running {
     stop: watch::Sender<bool>,
     subscribed: Vec<Arc<Subscribed>>,
-    pumps: JoinSet<Pumped>,
+    /// Before the pumps, so that dropping ends what works on leases before it ends the leases.
     workers: JoinSet<()>,
+    pumps: JoinSet<Pumped>,
     /// Subscriptions that have ended by themselves, still to be closed.
     ended: Vec<Box<dyn Subscription>>,
 }
