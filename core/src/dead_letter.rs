@@ -40,6 +40,8 @@ pub enum DeadLetterReason {
     NewerVersion,
     /// Its payload is larger than `max_payload`.
     TooLarge,
+    /// Its instances ended again and again while they handled it alone.
+    Suspect,
     /// No handler takes its type, and the subscription dead-letters these.
     Unrouted,
 }
@@ -54,6 +56,7 @@ impl DeadLetterReason {
             Self::Undecodable => "undecodable",
             Self::NewerVersion => "newer_version",
             Self::TooLarge => "too_large",
+            Self::Suspect => "suspect",
             Self::Unrouted => "unrouted",
         }
     }

@@ -1,5 +1,7 @@
 //! Order per key across instances that join, drain and die.
 
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;

@@ -40,6 +40,11 @@ impl Failure {
         Self { verdict: Verdict::Reject, reason: DeadLetterReason::Rejected, error, ran: true }
     }
 
+    pub(super) fn suspect(crashes: u32) -> Self {
+        let error = format!("its instance ended {crashes} times while it handled this alone");
+        Self { reason: DeadLetterReason::Suspect, ran: false, ..Self::rejected(error) }
+    }
+
     pub(super) fn panicked(text: &str) -> Self {
         Self::transient(clean_line(&format!("handler panicked: {text}"), 1024))
     }

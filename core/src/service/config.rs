@@ -27,6 +27,7 @@ pub struct SubscriptionConfig {
     pub(crate) timeout: Option<Duration>,
     pub(crate) start: Start,
     pub(crate) batch: usize,
+    pub(crate) max_deliveries: u32,
     pub(crate) outage: Option<OutagePolicy>,
 }
 
@@ -42,6 +43,7 @@ impl Default for SubscriptionConfig {
             timeout: Some(Duration::from_secs(60)),
             start: Start::New,
             batch: 100,
+            max_deliveries: 5,
             outage: Some(OutagePolicy::default()),
         }
     }
@@ -115,6 +117,17 @@ impl SubscriptionConfig {
     #[must_use]
     pub fn batch(mut self, events: usize) -> Self {
         self.batch = events;
+        self
+    }
+
+    /// How often an event may end its process while it is handled alone; then it is dead-lettered. Default: 5.
+    ///
+    /// An event that is lost with its process more than 3 times is suspect: it is handled with no other in flight beside
+    /// it, so that it takes none with it. Only what is lost so is counted here, where the broker tells
+    /// ([`Capabilities::counts_losses`]).
+    #[must_use]
+    pub fn max_deliveries(mut self, times: u32) -> Self {
+        self.max_deliveries = times;
         self
     }
 

@@ -10,6 +10,9 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// What was lost with its instance more often than this is a suspect: it may be what ends them.
+const SUSPECT_AFTER: u32 = 3;
+
 /// Names a job while it is in the lanes.
 pub(crate) type JobId = usize;
 
@@ -44,6 +47,8 @@ pub(crate) struct Lanes {
     running: usize,
     pub(crate) outage: Outage,
     recent: Recent,
+    /// How many deliveries are to be read one by one, because a suspect is among them.
+    cautious: usize,
     /// The reader has stopped for want of room.
     starved: bool,
     stopped: bool,
@@ -87,6 +92,25 @@ struct Lane {
     len: usize,
 }
 
+/// A service that is dropped gives back what it has not begun: only what runs is abandoned.
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        self.clear().into_iter().for_each(Job::give_back);
+    }
+}
+
+impl Job {
+    /// Gives the delivery back, to be handed out again at once.
+    pub(crate) fn give_back(self) {
+        self.delivery.acker.release(Duration::ZERO);
+    }
+
+    /// How often it has ended its instance while it was alone there.
+    pub(crate) fn crashes(&self) -> u32 {
+        self.delivery.lost.map_or(0, |lost| lost.saturating_sub(SUSPECT_AFTER))
+    }
+}
+
 impl Lanes {
     /// Lanes for at most `limit` deliveries, handled by `routes` routes.
     pub(crate) fn new(ordering: Ordering, limit: usize, routes: usize, outage: Outage) -> Self {
@@ -101,6 +125,7 @@ impl Lanes {
             running: 0,
             outage,
             recent: Recent::default(),
+            cautious: 0,
             starved: false,
             stopped: false,
         }
@@ -109,6 +134,7 @@ impl Lanes {
     /// Takes a delivery in. A redelivered copy of one that is here takes its place instead: it is not run twice.
     pub(crate) fn admit(&mut self, delivery: Delivery, route: usize) {
         let Some(delivery) = self.replace(delivery) else { return };
+        self.cautious = self.cautious.saturating_sub(1);
         let message = &delivery.message;
         let lane = match (&message.key, self.ordering) {
             (Some(key), Ordering::Key) => Some((message.topic.clone(), key.clone())),
@@ -241,33 +267,58 @@ impl Lanes {
         entry.job.take()
     }
 
+    /// If a suspect is here and not alone, takes out all that does not run, to be given back and then read one by one:
+    /// should the suspect end this process, it takes nothing with it.
+    pub(crate) fn isolate(&mut self) -> Vec<Job> {
+        let is_suspect = |job: &Job| job.delivery.lost.is_some_and(|lost| lost > SUSPECT_AFTER);
+        let mut parked = self.entries.iter().filter_map(|(_, entry)| entry.job.as_ref());
+        if self.entries.len() < 2 || !parked.any(is_suspect) {
+            return Vec::new();
+        }
+        let jobs = self.clear();
+        let suspect = jobs.iter().position(is_suspect);
+        self.cautious = suspect.map_or(0, |before| before + 1);
+        jobs
+    }
+
+    /// Takes out everything that does not run, to be given back, the oldest first.
+    pub(crate) fn clear(&mut self) -> Vec<Job> {
+        self.holds.clear();
+        self.ready.iter_mut().for_each(VecDeque::clear);
+        let mut jobs: Vec<Job> = self.entries.iter_mut().filter_map(|(_, entry)| entry.job.take()).collect();
+        for job in &jobs {
+            let entry = self.entries.remove(job.id);
+            self.leave_lane(job.id, entry.lane.as_ref(), entry.next);
+        }
+        jobs.sort_by_key(|job| job.delivery.position);
+        jobs
+    }
+
     /// Ends a running job that is settled, and makes the next of its lane ready. Returns the acker of a redelivered
     /// copy, which is to be settled instead.
     pub(crate) fn finish(&mut self, id: JobId) -> Option<Acker> {
         self.running -= 1;
         let entry = self.entries.remove(id);
-        let Some(key) = entry.lane else { return entry.successor };
-        let Some(lane) = self.lanes.get_mut(&key) else { return entry.successor };
-        lane.len -= 1;
-        if lane.first != id {
-            // One of a batch: those before it in the lane are still running.
-            self.unlink(&key, id, entry.next);
-            return entry.successor;
-        }
-        match entry.next {
-            None => drop(self.lanes.remove(&key)),
-            Some(next) => {
-                lane.first = next;
-                if self.entries[next].state == State::Waiting {
-                    self.activate(next);
-                }
-            }
+        if let Some(next) = self.leave_lane(id, entry.lane.as_ref(), entry.next)
+            && self.entries[next].state == State::Waiting
+        {
+            self.activate(next);
         }
         entry.successor
     }
 
-    fn unlink(&mut self, key: &LaneKey, id: JobId, next: Option<JobId>) {
-        let Some(lane) = self.lanes.get_mut(key) else { return };
+    /// Closes the gap that a removed job leaves in its lane, and says who is the first now, if that was it.
+    fn leave_lane(&mut self, id: JobId, key: Option<&LaneKey>, next: Option<JobId>) -> Option<JobId> {
+        let lane = self.lanes.get_mut(key?)?;
+        lane.len -= 1;
+        if lane.first == id {
+            match next {
+                Some(next) => lane.first = next,
+                None => drop(self.lanes.remove(key?)),
+            }
+            return next;
+        }
+        // One of a batch, whose first is still running.
         let mut before = lane.first;
         while let Some(behind) = self.entries[before].next {
             if behind == id {
@@ -275,10 +326,11 @@ impl Lanes {
                 if next.is_none() {
                     lane.last = before;
                 }
-                return;
+                break;
             }
             before = behind;
         }
+        None
     }
 
     /// Puts a running job back: it holds its lane until `until`, then runs again.
@@ -339,7 +391,8 @@ impl Lanes {
 
     /// How many more deliveries there is room for; if none, the reader waits until it [should read](Self::should_read).
     pub(crate) fn room(&mut self) -> usize {
-        let free = self.limit.saturating_sub(self.entries.len());
+        let limit = if self.cautious > 0 { 1 } else { self.limit };
+        let free = limit.saturating_sub(self.entries.len());
         self.starved = free == 0;
         free
     }
@@ -372,15 +425,5 @@ impl Lanes {
 
     pub(crate) fn is_stopped(&self) -> bool {
         self.stopped
-    }
-
-    /// Takes out everything, to be given back, the oldest first.
-    pub(crate) fn clear(&mut self) -> Vec<Job> {
-        let mut jobs: Vec<_> = self.entries.drain().filter_map(|entry| entry.job).collect();
-        jobs.sort_by_key(|job| job.delivery.position);
-        self.lanes.clear();
-        self.holds.clear();
-        self.ready.iter_mut().for_each(VecDeque::clear);
-        jobs
     }
 }

@@ -1,6 +1,7 @@
 //! Reads a subscription into its lanes.
 
 use super::Subscribed;
+use super::lanes::Job;
 use crate::transport::{Delivery, Notice, Polled, Subscription};
 use crate::{BusEvent, Error, ErrorKind, Result};
 use std::future::poll_fn;
@@ -49,14 +50,16 @@ pub(crate) async fn pump(
 
 impl Subscribed {
     fn admit(&self, deliveries: &mut Vec<Delivery>) {
-        self.with_lanes(|lanes| {
+        let given_back = self.with_lanes(|lanes| {
             for delivery in deliveries.drain(..) {
                 match self.route_of(&delivery.message.event_type) {
                     Some(route) => lanes.admit(delivery, route),
                     None => self.unrouted(delivery),
                 }
             }
+            lanes.isolate()
         });
+        given_back.into_iter().for_each(Job::give_back);
     }
 
     fn unrouted(&self, delivery: Delivery) {

@@ -151,6 +151,7 @@ impl Running {
         for subscribed in &self.subscribed {
             let rest = subscribed.lanes.lock().clear();
             drained.given_back += rest.len();
+            rest.into_iter().for_each(super::lanes::Job::give_back);
         }
         for subscription in subscriptions {
             let flushed = subscription.close(deadline).await;

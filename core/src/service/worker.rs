@@ -83,6 +83,10 @@ impl Worker {
         F: Future<Output: IntoOutcome>,
     {
         self.outputs.messages.clear();
+        if run.first.crashes() > self.subscribed.config.max_deliveries {
+            let crashes = run.first.crashes() - 1;
+            return self.conclude(run.first, Err(Failure::suspect(crashes))).await;
+        }
         let result = match catch_unwind(AssertUnwindSafe(|| self.start(&run, start))) {
             Err(panic) => Err(Failure::panicked(&panic_text(&*panic))),
             Ok(Err(error)) => Err(self.not_started(&run, &error)),

@@ -17,6 +17,9 @@ pub enum Settlement {
         /// The least time until it is handed out again.
         after: Duration,
     },
+    /// Dropped while it was being handled, by an abort or a crash of its task: given back after [`ABANDONED_BACKOFF`],
+    /// and counted as [lost](super::Delivery::lost).
+    Abandon,
 }
 
 /// Which delivery of which connection, assignment or ownership; opaque to core.
@@ -54,7 +57,7 @@ pub trait Settle: Send + Sync + 'static {
 
 /// The duty to settle one delivery: by value, exactly once, from any thread or from `Drop`.
 ///
-/// Dropped unsettled, it gives the delivery back ([`ABANDONED_BACKOFF`]).
+/// Dropped unsettled, it [abandons](Settlement::Abandon) the delivery, which comes again.
 pub struct Acker {
     settle: Option<Arc<dyn Settle>>,
     tag: Tag,
@@ -108,7 +111,7 @@ impl Acker {
 
 impl Drop for Acker {
     fn drop(&mut self) {
-        self.settle_once(Settlement::Release { after: ABANDONED_BACKOFF });
+        self.settle_once(Settlement::Abandon);
     }
 }
 

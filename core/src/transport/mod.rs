@@ -172,6 +172,9 @@ pub struct Delivery {
     pub replayed: bool,
     /// How often it was handed out, this time included, where the broker counts.
     pub hand_outs: Option<u32>,
+    /// How often an instance ended, or [abandoned](Settlement::Abandon) it, while it had it, where the broker counts:
+    /// neither what was given back nor a lost lease counts.
+    pub lost: Option<u32>,
     /// Settles it.
     pub acker: Acker,
 }
@@ -368,6 +371,8 @@ pub struct Capabilities {
     pub replay: bool,
     /// [`Delivery::hand_outs`] is given.
     pub counts_hand_outs: bool,
+    /// [`Delivery::lost`] is given, so that an event that kills its process is found out.
+    pub counts_losses: bool,
     /// The largest payload it takes, in bytes.
     pub max_payload: usize,
     /// The longest that a delivery may stay unsettled, where that is limited and cannot be extended.
@@ -385,6 +390,7 @@ impl Capabilities {
         start_beginning: false,
         replay: false,
         counts_hand_outs: false,
+        counts_losses: false,
         max_payload: usize::MAX,
         max_hold: None,
     };

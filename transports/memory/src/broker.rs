@@ -152,7 +152,7 @@ impl Broker {
     /// Lets an instance go; what it had comes back, after the redelivery delay if it crashed.
     pub(crate) fn leave(&self, seat: Seat, crashed: bool) -> Flushed {
         let wait = if crashed { self.redelivery() } else { None };
-        self.lock().leave(seat, wait)
+        self.lock().leave(seat, wait, crashed)
     }
 }
 
@@ -360,9 +360,9 @@ impl State {
         }
     }
 
-    fn leave(&mut self, seat: Seat, wait: Option<Instant>) -> Flushed {
+    fn leave(&mut self, seat: Seat, wait: Option<Instant>, died: bool) -> Flushed {
         let Some((group, log)) = self.seated(seat) else { return Flushed::default() };
-        let flushed = group.leave(seat.key, log, wait);
+        let flushed = group.leave(seat.key, log, wait, died);
         self.end_replays();
         flushed
     }

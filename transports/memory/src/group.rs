@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::Waker;
 use std::time::Duration;
 use tidings_core::transport::{
-    Acker, Delivery, Flushed, Notice, Ordering, Polled, Role, Settle, Settlement, Start, Tag,
+    ABANDONED_BACKOFF, Acker, Delivery, Flushed, Notice, Ordering, Polled, Role, Settle, Settlement, Start, Tag,
 };
 use tidings_core::{Topic, TopicPattern};
 use tokio::time::Instant;
@@ -361,6 +361,7 @@ impl Group {
                 redelivered: item.hand_outs > 1,
                 replayed,
                 hand_outs: Some(item.hand_outs),
+                lost: Some(item.lost),
                 acker: Acker::new(Arc::clone(ask.settle), Tag { epoch, seq }),
             });
         }
@@ -383,7 +384,7 @@ impl Group {
         let member = &mut self.members[key];
         let was_full = member.is_full() || reserved > 0;
         let live = member.epoch.load(Relaxed) == tag.epoch;
-        let Some(out) = live.then(|| member.out.try_remove(tag.seq as usize)).flatten() else {
+        let Some(mut out) = live.then(|| member.out.try_remove(tag.seq as usize)).flatten() else {
             member.flushed.stale += 1;
             return;
         };
@@ -392,6 +393,10 @@ impl Group {
         match settlement {
             Settlement::Ack => log.settle(out.item.id),
             Settlement::Release { after } => self.release(log, out, after),
+            Settlement::Abandon => {
+                out.item.lost = out.item.lost.saturating_add(1);
+                self.release(log, out, ABANDONED_BACKOFF);
+            }
         }
         if was_full || self.replay.is_some() {
             self.members[key].wake();
@@ -441,9 +446,12 @@ impl Group {
         self.rebalance();
     }
 
-    /// An instance is gone; what it had comes back, after `wait` if there is one.
-    pub(crate) fn leave(&mut self, key: usize, log: &Log, wait: Option<Instant>) -> Flushed {
+    /// An instance is gone; what it had comes back, after `wait` if there is one, and counts as lost if it died.
+    pub(crate) fn leave(&mut self, key: usize, log: &Log, wait: Option<Instant>, died: bool) -> Flushed {
         let mut member = self.members.remove(key);
+        if died {
+            member.out.iter_mut().for_each(|(_, out)| out.item.lost = out.item.lost.saturating_add(1));
+        }
         member.epoch.fetch_add(1, Relaxed);
         member.wake();
         for slot in self.slots.iter_mut().filter(|slot| slot.owner == Some(key)) {
@@ -458,7 +466,7 @@ impl Group {
     pub(crate) fn leave_all(&mut self, client: u64, log: &Log) {
         let theirs: Vec<_> = self.members.iter().filter(|(_, m)| m.client == client).map(|(key, _)| key).collect();
         for key in theirs {
-            self.leave(key, log, None);
+            self.leave(key, log, None, false);
         }
     }
 

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 pub(crate) struct Item {
     pub(crate) id: Id,
     pub(crate) hand_outs: u32,
+    pub(crate) lost: u32,
 }
 
 /// What keeps its order: events of one topic with one key.
@@ -100,7 +101,7 @@ impl Slot {
 
     fn next_unread(&mut self, log: &Log) -> Option<Item> {
         loop {
-            let item = Item { id: self.unread.pop_front()?, hand_outs: 0 };
+            let item = Item { id: self.unread.pop_front()?, hand_outs: 0, lost: 0 };
             if self.lanes.is_empty() || !self.joins_lane(log, item) {
                 return Some(item);
             }

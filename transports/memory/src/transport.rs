@@ -125,6 +125,7 @@ fn capabilities() -> Capabilities {
     can.start_beginning = true;
     can.replay = true;
     can.counts_hand_outs = true;
+    can.counts_losses = true;
     can
 }
 
