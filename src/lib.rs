@@ -9,7 +9,7 @@ pub use tidings_core::{
     Backoff, Batch, BoxError, Bus, BusConfig, BusEvent, Connect, DeadLetterReason, Drained, Error, ErrorKind, Event,
     EventStream, HandlerError, Headers, Key, Message, MessageId, OutagePolicy, PublishErrors, PublishOptions,
     RawMessage, Result, RetryMode, RetryPolicy, Running, Service, Stats, SubscriptionConfig, SubscriptionName, Text,
-    ToKey, Topic, TopicPattern, handler, header, transport,
+    ToKey, Topic, TopicPattern, Unrouted, handler, header, transport,
 };
 #[cfg(feature = "macros")]
 pub use tidings_macros::Event;

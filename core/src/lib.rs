@@ -35,6 +35,6 @@ pub use id::MessageId;
 pub use key::Key;
 pub use message::Message;
 pub use retry::{Backoff, RetryMode, RetryPolicy};
-pub use service::{Drained, OutagePolicy, Running, Service, Stats, SubscriptionConfig};
+pub use service::{Drained, OutagePolicy, Running, Service, Stats, SubscriptionConfig, Unrouted};
 pub use text::Text;
 pub use topic::{MAX_NAME, RESERVED_TOPIC_PREFIX, SubscriptionName, Topic, TopicPattern};

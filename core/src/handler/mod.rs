@@ -9,7 +9,7 @@ pub(crate) use error::Verdict;
 pub use extract::{Attempt, Context, Delivered, Extract, Lease, Metadata, Setup, State};
 pub(crate) use extract::{Scope, States};
 pub(crate) use outcome::encode;
-pub use outcome::{IntoOutcome, Outputs};
+pub use outcome::{Each, IntoOutcome, Outputs};
 
 use crate::service::worker::Worker;
 use crate::transport::BoxFuture;
@@ -75,7 +75,8 @@ impl<E: Event> Input for E {
 /// Many events of one type in one run, in order: up to as many as the subscription's
 /// [`batch`](crate::SubscriptionConfig::batch) says.
 ///
-/// They end together: if the handler fails, or one of them cannot be decoded, they are handled again one by one.
+/// They end together, unless the handler returns [`Each`]: if it fails, or one of them cannot be decoded, they are
+/// handled again one by one.
 #[derive(Debug)]
 pub struct Batch<E>(pub Vec<E>);
 
@@ -161,6 +162,27 @@ arity!(X1 X2);
 arity!(X1 X2 X3);
 arity!(X1 X2 X3 X4);
 arity!(X1 X2 X3 X4 X5);
+
+/// Takes what no handler takes, to dead-letter it.
+pub(crate) struct Refuse;
+
+impl Route for Refuse {
+    fn accepts(&self) -> Accepts {
+        Accepts { event: None, batch: false }
+    }
+
+    fn check(&self, _: &Setup<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn work(self: Arc<Self>, mut worker: Worker) -> BoxFuture<()> {
+        Box::pin(async move {
+            while let Some(run) = worker.next().await {
+                worker.refuse(run).await;
+            }
+        })
+    }
+}
 
 /// A handler whose types are erased. What is erased is the worker's whole loop, not the call: one box
 /// per worker, none per message.

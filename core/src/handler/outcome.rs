@@ -23,13 +23,15 @@ pub trait IntoOutcome {
 #[derive(Debug)]
 pub struct Outputs {
     pub(crate) messages: Vec<Message>,
+    /// For a batch with a result per event: where the messages of each end, and how it ended.
+    pub(crate) each: Vec<(usize, Result<(), HandlerError>)>,
     source: Text,
     content_type: Text,
 }
 
 impl Outputs {
     pub(crate) fn new(source: Text, content_type: Text) -> Self {
-        Self { messages: Vec::new(), source, content_type }
+        Self { messages: Vec::new(), each: Vec::new(), source, content_type }
     }
 
     /// Encodes an event and adds it.
@@ -80,6 +82,38 @@ impl<T: IntoOutcome> IntoOutcome for Vec<T> {
 impl<T: IntoOutcome, E: Into<HandlerError>> IntoOutcome for Result<T, E> {
     fn into_outcome(self, outputs: &mut Outputs) -> Result<(), HandlerError> {
         self.map_err(Into::into)?.into_outcome(outputs)
+    }
+}
+
+/// A result for each event of a [`Batch`](crate::Batch), in its order.
+///
+/// Each ends as its result says. Where one fails for now, the later ones of its key are handled again after it, whatever
+/// their results were. Too few or too many results fail the batch, which is then handled one by one.
+///
+/// # Examples
+///
+/// ```
+/// use tidings_core::handler::Each;
+/// use tidings_core::{Batch, Event, HandlerError};
+///
+/// async fn store<E: Event>(Batch(events): Batch<E>) -> Each<()> {
+///     Each(events.into_iter().map(|_event| Err(HandlerError::from("the table is full"))).collect())
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Each<T>(pub Vec<Result<T, HandlerError>>);
+
+impl<T: IntoOutcome> IntoOutcome for Each<T> {
+    fn into_outcome(self, outputs: &mut Outputs) -> Result<(), HandlerError> {
+        for result in self.0 {
+            let start = outputs.messages.len();
+            let ended = result.and_then(|outcome| outcome.into_outcome(outputs));
+            if ended.is_err() {
+                outputs.messages.truncate(start);
+            }
+            outputs.each.push((outputs.messages.len(), ended));
+        }
+        Ok(())
     }
 }
 

@@ -40,6 +40,11 @@ impl Failure {
         Self { verdict: Verdict::Reject, reason: DeadLetterReason::Rejected, error, ran: true }
     }
 
+    pub(super) fn unrouted(event_type: &str) -> Self {
+        let error = clean_line(&format!("no handler takes `{event_type}`"), 1024);
+        Self { reason: DeadLetterReason::Unrouted, ran: false, ..Self::rejected(error) }
+    }
+
     pub(super) fn suspect(crashes: u32) -> Self {
         let error = format!("its instance ended {crashes} times while it handled this alone");
         Self { reason: DeadLetterReason::Suspect, ran: false, ..Self::rejected(error) }
@@ -104,14 +109,17 @@ fn next_step(failure: &Failure, job: &Job, policy: &RetryPolicy, mode: RetryMode
 }
 
 impl Worker {
-    /// Ends a run of one job.
-    pub(super) async fn conclude(&mut self, job: Job, result: Result<(), Failure>) {
+    /// Ends a run of one job, and says whether that settled it: if not, it holds its lane and runs again.
+    pub(super) async fn conclude(&mut self, job: Job, result: Result<(), Failure>) -> bool {
         let published = match result {
             Ok(()) => self.publish_outputs(&job, &[]).await,
             Err(failure) => Err(failure),
         };
         match published {
-            Ok(()) => self.subscribed.ack(job),
+            Ok(()) => {
+                self.subscribed.ack(job);
+                true
+            }
             Err(failure) => self.fail(job, failure).await,
         }
     }
@@ -140,22 +148,27 @@ impl Worker {
         Ok(())
     }
 
-    async fn fail(&mut self, mut job: Job, failure: Failure) {
+    async fn fail(&mut self, mut job: Job, failure: Failure) -> bool {
         let subscribed = &self.subscribed;
         subscribed.counters.failed.fetch_add(1, Relaxed);
         if failure.verdict != Verdict::Reject && self.is_outage(&job, &failure) {
             // Not counted: it is what the handler depends on that failed.
-            return self.hold_for_now(job);
+            self.hold_for_now(job);
+            return false;
         }
         if failure.ran {
             job.failures.count(subscribed.scope.bus.clock().now());
         }
         let crowded = subscribed.lanes.lock().is_crowded(job.id);
         match next_step(&failure, &job, &subscribed.config.retry, subscribed.retry_mode, crowded) {
-            Next::Hold(delay) => self.hold(job, delay, failure),
+            Next::Hold(delay) => {
+                self.hold(job, delay, failure);
+                return false;
+            }
             Next::Aside(delay) => self.step_aside(job, delay, failure).await,
             Next::Bury(reason) => self.dead_letter(job, reason, failure).await,
         }
+        true
     }
 
     /// Notes a failure that may pass, and says whether it is part of an outage.

@@ -6,6 +6,16 @@ use crate::transport::{Capabilities, Ordering, Start, SubscriptionSpec};
 use crate::{Error, ErrorKind, Result, RetryMode, RetryPolicy, SubscriptionName, Topic, TopicPattern};
 use std::time::Duration;
 
+/// What happens to an event of a type that no handler of its subscription takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Unrouted {
+    /// It is acked, counted and told as [`BusEvent::Unrouted`](crate::BusEvent::Unrouted).
+    #[default]
+    Ack,
+    /// It is dead-lettered.
+    DeadLetter,
+}
+
 /// How one subscription of a service behaves; the defaults are safe on every transport.
 ///
 /// # Examples
@@ -27,6 +37,8 @@ pub struct SubscriptionConfig {
     pub(crate) timeout: Option<Duration>,
     pub(crate) start: Start,
     pub(crate) batch: usize,
+    pub(crate) linger: Duration,
+    pub(crate) unrouted: Unrouted,
     pub(crate) max_deliveries: u32,
     pub(crate) outage: Option<OutagePolicy>,
 }
@@ -43,6 +55,8 @@ impl Default for SubscriptionConfig {
             timeout: Some(Duration::from_secs(60)),
             start: Start::New,
             batch: 100,
+            linger: Duration::ZERO,
+            unrouted: Unrouted::Ack,
             max_deliveries: 5,
             outage: Some(OutagePolicy::default()),
         }
@@ -117,6 +131,20 @@ impl SubscriptionConfig {
     #[must_use]
     pub fn batch(mut self, events: usize) -> Self {
         self.batch = events;
+        self
+    }
+
+    /// How long a batch that is not full waits for more. Default: not at all.
+    #[must_use]
+    pub fn linger(mut self, time: Duration) -> Self {
+        self.linger = time;
+        self
+    }
+
+    /// What happens to types that no handler takes. Default: they are acked and counted.
+    #[must_use]
+    pub fn unrouted(mut self, unrouted: Unrouted) -> Self {
+        self.unrouted = unrouted;
         self
     }
 

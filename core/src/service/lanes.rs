@@ -51,6 +51,7 @@ pub(crate) struct Lanes {
     cautious: usize,
     /// The reader has stopped for want of room.
     starved: bool,
+    paused: bool,
     stopped: bool,
 }
 
@@ -127,6 +128,7 @@ impl Lanes {
             recent: Recent::default(),
             cautious: 0,
             starved: false,
+            paused: false,
             stopped: false,
         }
     }
@@ -234,7 +236,9 @@ impl Lanes {
 
     /// Whether a job may be run now: during an outage, one at a time, when a probe is due.
     fn may_start(&self) -> bool {
-        !self.stopped && self.outage.next_probe().is_none_or(|probe| self.running == 0 && probe <= Instant::now())
+        !self.stopped
+            && !self.paused
+            && self.outage.next_probe().is_none_or(|probe| self.running == 0 && probe <= Instant::now())
     }
 
     /// Takes up to `max` jobs to be run together with `first`: those behind it in its lane, then what else is ready.
@@ -391,7 +395,11 @@ impl Lanes {
 
     /// How many more deliveries there is room for; if none, the reader waits until it [should read](Self::should_read).
     pub(crate) fn room(&mut self) -> usize {
-        let limit = if self.cautious > 0 { 1 } else { self.limit };
+        let limit = match (self.paused, self.cautious) {
+            (true, _) => 0,
+            (false, 0) => self.limit,
+            _ => 1,
+        };
         let free = limit.saturating_sub(self.entries.len());
         self.starved = free == 0;
         free
@@ -411,6 +419,20 @@ impl Lanes {
 
     pub(crate) fn running(&self) -> usize {
         self.running
+    }
+
+    /// How many jobs of a route are ready.
+    pub(crate) fn ready(&self, route: usize) -> usize {
+        self.ready[route].len()
+    }
+
+    /// Starts and reads nothing until resumed; what runs goes on.
+    pub(crate) fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
     }
 
     /// Whether a route has something to do.

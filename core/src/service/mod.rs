@@ -9,12 +9,12 @@ mod recent;
 mod running;
 pub(crate) mod worker;
 
-pub use config::SubscriptionConfig;
+pub use config::{SubscriptionConfig, Unrouted};
 pub use outage::OutagePolicy;
 pub use running::{Drained, Running, Stats};
 
-use crate::handler::{Args, EventInfo, Handler, IntoOutcome, Route, Routed, Scope, Setup, States};
-use crate::transport::{Acker, SubscriptionSpec, Topology};
+use crate::handler::{Args, EventInfo, Handler, IntoOutcome, Refuse, Route, Routed, Scope, Setup, States};
+use crate::transport::{Acker, Capabilities, Ordering, Role, SubscriptionSpec, Topology};
 use crate::{Bus, BusEvent, Error, ErrorKind, Result, RetryMode, SubscriptionName, Text};
 use lanes::{Job, JobId, Lanes};
 use outage::{Outage, Told};
@@ -121,7 +121,8 @@ impl Service {
     /// # Errors
     /// As [`start`](Self::start).
     pub async fn provision(&self, bus: &Bus) -> Result<()> {
-        let subscriptions = self.plan(bus)?.into_iter().map(|planned| planned.spec).collect();
+        let planned = self.plan_on(bus)?;
+        let subscriptions = planned.into_iter().map(|planned| planned.spec).collect();
         bus.transport().provision(&Topology { topics: Vec::new(), subscriptions }).await
     }
 
@@ -132,7 +133,7 @@ impl Service {
     /// of one type in one subscription, [`ErrorKind::Missing`] for a state that was not given, [`ErrorKind::Config`],
     /// and [`ErrorKind::Unsupported`] for what this transport cannot keep. Then whatever the broker refuses.
     pub async fn start(self, bus: &Bus) -> Result<Running> {
-        let planned = self.plan(bus)?;
+        let planned = self.plan_on(bus)?;
         let source = Text::from(format!("/{}", self.name));
         let scope = Arc::new(Scope { states: self.states, bus: bus.clone() });
         let mut running = Running::new();
@@ -143,8 +144,21 @@ impl Service {
         Ok(running)
     }
 
+    /// Checks, offline, everything that [`start`](Self::start) checks, against what a transport can do: for a test that
+    /// holds a service to every transport it may be configured for.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), without what only the broker knows.
+    pub fn check(&self, transport: &'static str, capabilities: &Capabilities) -> Result<()> {
+        self.plan(transport, capabilities).map(|_| ())
+    }
+
+    fn plan_on(&self, bus: &Bus) -> Result<Vec<Planned>> {
+        self.plan(bus.transport().name(), bus.transport().capabilities())
+    }
+
     /// Groups the handlers into subscriptions and checks everything that can be checked offline.
-    fn plan(&self, bus: &Bus) -> Result<Vec<Planned>> {
+    fn plan(&self, transport: &'static str, capabilities: &Capabilities) -> Result<Vec<Planned>> {
         let here = |error: Error| error.with_operation("start").with_context("service", &self.name);
         SubscriptionName::new(self.name.as_str()).map_err(here)?;
         let mut groups: Vec<Group<'_>> = Vec::new();
@@ -159,7 +173,7 @@ impl Service {
         if groups.is_empty() {
             return Err(here(Error::new(ErrorKind::Config, "a service without handlers; add one with `.on(..)`")));
         }
-        groups.into_iter().map(|group| group.plan(bus).map_err(here)).collect()
+        groups.into_iter().map(|group| group.plan(transport, capabilities).map_err(here)).collect()
     }
 
     fn name_for(&self, route: &dyn Route, config: Option<&SubscriptionConfig>) -> Result<SubscriptionName> {
@@ -210,14 +224,17 @@ impl<'a> Group<'a> {
         Ok(())
     }
 
-    fn plan(self, bus: &Bus) -> Result<Planned> {
+    fn plan(self, transport: &'static str, capabilities: &Capabilities) -> Result<Planned> {
         let config = self.config.cloned().unwrap_or_default();
         let events: Vec<EventInfo> = self.routes.iter().filter_map(|route| route.accepts().event).collect();
         let spec = config.spec(&self.name, &events)?;
-        let transport = bus.transport();
         let about = |error: Error| error.with_context("subscription", &self.name);
-        config.check(&spec, transport.capabilities(), transport.name()).map_err(about)?;
-        Ok(Planned { spec, config, routes: self.routes.into_iter().cloned().collect() })
+        config.check(&spec, capabilities, transport).map_err(about)?;
+        let mut routes: Vec<Arc<dyn Route>> = self.routes.into_iter().cloned().collect();
+        if config.unrouted == Unrouted::DeadLetter {
+            routes.push(Arc::new(Refuse));
+        }
+        Ok(Planned { spec, config, routes })
     }
 }
 
@@ -235,6 +252,7 @@ pub(crate) struct Subscribed {
     source: Text,
     config: SubscriptionConfig,
     retry_mode: RetryMode,
+    keeps_order: bool,
     routes: Vec<Arc<dyn Route>>,
     scope: Arc<Scope>,
     lanes: Mutex<Lanes>,
@@ -242,6 +260,7 @@ pub(crate) struct Subscribed {
     ready: Vec<Notify>,
     /// There is room again, or a hold has changed.
     pump: Notify,
+    role: Mutex<Option<Role>>,
     /// Leases were lost.
     pub(crate) leases: Notify,
     counters: Counters,
@@ -253,6 +272,7 @@ impl Subscribed {
         Self {
             source,
             retry_mode: config.retry_mode(spec.ordering),
+            keeps_order: spec.ordering == Ordering::Key,
             scope,
             lanes: Mutex::new(Lanes::new(
                 spec.ordering,
@@ -262,6 +282,7 @@ impl Subscribed {
             )),
             ready: routes.iter().map(|_| Notify::new()).collect(),
             pump: Notify::new(),
+            role: Mutex::new(None),
             leases: Notify::new(),
             counters: Counters::default(),
             name: spec.name,
@@ -329,6 +350,13 @@ impl Subscribed {
 
     fn stats(&self) -> Stats {
         let lanes = self.lanes.lock();
-        self.counters.snapshot(lanes.len(), lanes.running(), lanes.outage.next_probe().is_some())
+        Stats {
+            in_flight: lanes.len(),
+            running: lanes.running(),
+            outage: lanes.outage.next_probe().is_some(),
+            paused: lanes.is_paused(),
+            role: self.role.lock().clone(),
+            ..self.counters.snapshot()
+        }
     }
 }

@@ -76,7 +76,10 @@ impl Subscribed {
             Notice::Leases => self.leases.notify_waiters(),
             Notice::HoldBack { slot, after } => self.lanes.lock().hold_back(slot, after),
             Notice::HoldBackOver { slot } => self.with_lanes(|lanes| lanes.end_hold_back(slot)),
-            Notice::Role(role) => self.scope.bus.tell().tell(BusEvent::Role { subscription, role }),
+            Notice::Role(role) => {
+                *self.role.lock() = Some(role.clone());
+                self.scope.bus.tell().tell(BusEvent::Role { subscription, role });
+            }
             Notice::Gap { topic, missed_at_most, .. } => {
                 self.scope.bus.tell().tell(BusEvent::Gap { subscription, topic, missed_at_most });
             }

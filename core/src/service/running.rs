@@ -3,8 +3,8 @@
 use super::Subscribed;
 use super::pump::{Pumped, pump};
 use super::worker::Worker;
-use crate::transport::{Flushed, Subscription};
-use crate::{Error, ErrorKind};
+use crate::transport::{Flushed, Health, Role, Subscription};
+use crate::{Error, ErrorKind, Result};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -58,6 +58,10 @@ pub struct Stats {
     pub running: usize,
     /// All recent runs failed for now: it probes with one event at a time ([`OutagePolicy`](crate::OutagePolicy)).
     pub outage: bool,
+    /// It was [paused](Running::pause).
+    pub paused: bool,
+    /// What this instance does, once the transport has told.
+    pub role: Option<Role>,
 }
 
 #[derive(Debug, Default)]
@@ -71,7 +75,7 @@ pub(super) struct Counters {
 }
 
 impl Counters {
-    pub(super) fn snapshot(&self, in_flight: usize, running: usize, outage: bool) -> Stats {
+    pub(super) fn snapshot(&self) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Relaxed);
         Stats {
             handled: get(&self.handled),
@@ -80,9 +84,7 @@ impl Counters {
             dead_lettered: get(&self.dead_lettered),
             unrouted: get(&self.unrouted),
             published: get(&self.published),
-            in_flight,
-            running,
-            outage,
+            ..Stats::default()
         }
     }
 }
@@ -106,6 +108,59 @@ impl Running {
     /// Its subscriptions and what they have done, in the order of their handlers.
     pub fn stats(&self) -> impl Iterator<Item = (&str, Stats)> {
         self.subscribed.iter().map(|subscribed| (subscribed.name.as_str(), subscribed.stats()))
+    }
+
+    /// Whether it works: degraded while a subscription is in an outage, paused or has ended; else as its transport is.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        let about = |subscribed: &Subscribed, why| {
+            Health::Degraded(Error::new(ErrorKind::Closed, why).with_context("subscription", &subscribed.name))
+        };
+        for subscribed in &self.subscribed {
+            let stats = subscribed.stats();
+            if stats.outage {
+                return about(subscribed, "an outage: all recent runs have failed, it probes");
+            }
+            if stats.paused {
+                return about(subscribed, "it is paused");
+            }
+        }
+        match self.subscribed.first() {
+            Some(first) if self.pumps.len() < self.subscribed.len() => {
+                about(first, "a subscription has ended for good")
+            }
+            Some(first) => first.scope.bus.health(),
+            None => Health::Up,
+        }
+    }
+
+    /// Starts and reads nothing in a subscription until it is [resumed](Self::resume): what runs goes on, and what
+    /// waits here stays. Other instances are not paused.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a name that is not among its [`stats`](Self::stats).
+    pub fn pause(&self, subscription: &str) -> Result<()> {
+        self.set_paused(subscription, true)
+    }
+
+    /// Goes on with a paused subscription.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub fn resume(&self, subscription: &str) -> Result<()> {
+        self.set_paused(subscription, false)
+    }
+
+    fn set_paused(&self, subscription: &str, paused: bool) -> Result<()> {
+        let Some(subscribed) = self.subscribed.iter().find(|subscribed| subscribed.name.as_str() == subscription)
+        else {
+            let known: Vec<_> = self.subscribed.iter().map(|subscribed| subscribed.name.as_str()).collect();
+            let why = format!("no subscription `{subscription}` here; there are {}", known.join(", "));
+            return Err(Error::new(ErrorKind::NotFound, why));
+        };
+        subscribed.with_lanes(|lanes| lanes.pause(paused));
+        subscribed.pump.notify_one();
+        Ok(())
     }
 
     /// Waits for a subscription to end for good, which none does by itself while its broker can be repaired.

@@ -5,7 +5,7 @@ use super::conclude::Failure;
 use super::lanes::Job;
 use crate::handler::{Context, IntoOutcome, Outputs};
 use crate::transport::Lease;
-use crate::{Error, ErrorKind, Message, Result};
+use crate::{Error, ErrorKind, HandlerError, Key, Message, Result, Topic};
 use futures_util::FutureExt;
 use std::any::Any;
 use std::future::Future;
@@ -13,7 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 /// One task that runs the handler of one route, one run after another.
 pub(crate) struct Worker {
@@ -37,10 +37,11 @@ impl Worker {
 
     /// The next run; `None` when the service stops.
     pub(crate) async fn next(&mut self) -> Option<Run> {
-        let ready = Arc::clone(&self.subscribed);
+        let subscribed = Arc::clone(&self.subscribed);
         loop {
             // Made before the check, so that no wake-up is lost.
-            let notified = ready.ready[self.route].notified();
+            let notified = subscribed.ready[self.route].notified();
+            self.linger().await;
             if let Some(run) = self.take() {
                 return Some(run);
             }
@@ -48,6 +49,21 @@ impl Worker {
                 return None;
             }
             notified.await;
+        }
+    }
+
+    /// Waits for a batch to fill up, if there is something for it.
+    async fn linger(&self) {
+        let (size, linger) = (self.subscribed.batch_of(self.route), self.subscribed.config.linger);
+        if size == 1 || linger.is_zero() || self.subscribed.lanes.lock().ready(self.route) == 0 {
+            return;
+        }
+        let deadline = Instant::now() + linger;
+        loop {
+            let more = self.subscribed.ready[self.route].notified();
+            if self.subscribed.lanes.lock().ready(self.route) >= size || timeout_at(deadline, more).await.is_err() {
+                return;
+            }
         }
     }
 
@@ -83,9 +99,11 @@ impl Worker {
         F: Future<Output: IntoOutcome>,
     {
         self.outputs.messages.clear();
+        self.outputs.each.clear();
         if run.first.crashes() > self.subscribed.config.max_deliveries {
             let crashes = run.first.crashes() - 1;
-            return self.conclude(run.first, Err(Failure::suspect(crashes))).await;
+            let _settled = self.conclude(run.first, Err(Failure::suspect(crashes))).await;
+            return;
         }
         let result = match catch_unwind(AssertUnwindSafe(|| self.start(&run, start))) {
             Err(panic) => Err(Failure::panicked(&panic_text(&*panic))),
@@ -94,7 +112,7 @@ impl Worker {
         };
         let Run { first, more } = run;
         if more.is_empty() {
-            self.conclude(first, result).await;
+            let _settled = self.conclude(first, result).await;
         } else {
             self.conclude_batch(first, more, result).await;
         }
@@ -134,21 +152,60 @@ impl Worker {
         Failure::not_started(error, run.first.delivery.message.version > newest)
     }
 
-    /// A batch ends as one; if it failed, its jobs run again one by one, and that run counts for none of them.
+    /// Dead-letters what no handler takes.
+    pub(crate) async fn refuse(&mut self, run: Run) {
+        let failure = Failure::unrouted(&run.first.delivery.message.event_type);
+        let _settled = self.conclude(run.first, Err(failure)).await;
+    }
+
+    /// A batch ends as one, unless it has a result for each event; if it failed, its jobs run again one by one, and that
+    /// run counts for none of them.
     async fn conclude_batch(&mut self, first: Job, more: Vec<Job>, result: Result<(), Failure>) {
-        let published = match result {
-            Ok(()) => self.publish_outputs(&first, &more).await,
-            Err(failure) => Err(failure),
+        let each = std::mem::take(&mut self.outputs.each);
+        let jobs = std::iter::once(first).chain(more);
+        if result.is_ok() && each.len() == jobs.size_hint().0 {
+            return self.conclude_each(jobs.collect(), each).await;
+        }
+        let jobs: Vec<_> = jobs.collect();
+        let published = match (result, jobs.split_first()) {
+            (Ok(()), Some((first, more))) if each.is_empty() => self.publish_outputs(first, more).await.is_ok(),
+            _ => false,
         };
-        if published.is_ok() {
-            std::iter::once(first).chain(more).for_each(|job| self.subscribed.ack(job));
-            return;
+        if published {
+            return jobs.into_iter().for_each(|job| self.subscribed.ack(job));
         }
         self.subscribed.counters.failed.fetch_add(1, Relaxed);
+        self.put_back(jobs, true);
+    }
+
+    /// Each job ends by its own result; those behind one that is to run again, in its lane, run again after it.
+    async fn conclude_each(&mut self, jobs: Vec<Job>, each: Vec<(usize, Result<(), HandlerError>)>) {
+        let mut outputs = std::mem::take(&mut self.outputs.messages).into_iter();
+        let (mut behind, mut start) = (Vec::new(), 0);
+        let mut waiting: Vec<(Topic, Key)> = Vec::new();
+        for (job, (end, result)) in jobs.into_iter().zip(each) {
+            self.outputs.messages.extend(outputs.by_ref().take(end - start));
+            start = end;
+            let Message { topic, key, .. } = &job.delivery.message;
+            let lane = key.as_ref().filter(|_| self.subscribed.keeps_order).map(|key| (topic.clone(), key.clone()));
+            if lane.as_ref().is_some_and(|lane| waiting.contains(lane)) {
+                self.outputs.messages.clear();
+                behind.push(job);
+                continue;
+            }
+            let result = result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry));
+            let settled = self.conclude(job, result).await;
+            waiting.extend(lane.filter(|_| !settled));
+        }
+        self.put_back(behind, false);
+    }
+
+    /// Puts jobs back into their lanes, to be run again; `alone` if a batch with them has failed.
+    fn put_back(&self, jobs: Vec<Job>, alone: bool) {
         let now = Instant::now();
         self.subscribed.with_lanes(|lanes| {
-            for mut job in std::iter::once(first).chain(more) {
-                job.alone = true;
+            for mut job in jobs {
+                job.alone |= alone;
                 lanes.hold(job, now);
             }
         });
