@@ -2,11 +2,13 @@
 
 pub(crate) mod flight;
 mod gate;
+mod linger;
 
 use crate::transport::{Destination, Fate, Outgoing, PublishFailure, Publisher};
 use crate::{Backoff, Error, ErrorKind, Message, header};
 use flight::Flight;
 use gate::{Gate, Pass};
+use linger::Linger;
 use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -47,12 +49,16 @@ pub(crate) struct Sender {
     part: usize,
     /// Only where the transport cannot repeat in order by itself.
     gate: Option<Arc<Gate>>,
+    /// Only if what is published is to wait for more.
+    linger: Option<Arc<Linger>>,
 }
 
 impl Sender {
-    pub(crate) fn new(publisher: Arc<dyn Publisher>, window: usize, ordered_repeats: bool) -> Self {
+    pub(crate) fn new(publisher: Arc<dyn Publisher>, window: usize, ordered_repeats: bool, linger: Duration) -> Self {
+        let linger = (!linger.is_zero()).then(|| Linger::new(Arc::clone(&publisher), linger));
         Self {
             publisher,
+            linger,
             window: Arc::new(Semaphore::new(window)),
             owed_window: Arc::new(Semaphore::new(window)),
             part: (window / 4).clamp(1, Flight::MAX),
@@ -130,6 +136,10 @@ impl Sender {
             return Submitted(None);
         }
         let flight = Flight::new(posts.len(), Arc::clone(window), passes.cloned());
+        if let Some(linger) = self.linger.as_ref().filter(|_| !terms.owed) {
+            linger.add(posts.iter().zip(0..).map(|(post, index)| (post.clone(), flight.receipt(index))));
+            return Submitted(Some(flight));
+        }
         self.publisher.submit(&mut posts.iter().zip(0..).map(|(post, index)| Outgoing {
             destination: post.destination.clone(),
             message: &post.message,
