@@ -2,12 +2,15 @@
 
 mod error;
 mod extract;
+mod layer;
 mod outcome;
 
 pub use error::HandlerError;
 pub(crate) use error::Verdict;
 pub use extract::{Attempt, Context, Delivered, Extract, Lease, Metadata, Setup, State};
 pub(crate) use extract::{Scope, States};
+pub(crate) use layer::Wrap;
+pub use layer::{Next, Outcome, Request};
 pub(crate) use outcome::encode;
 pub use outcome::{Each, IntoOutcome, Outputs};
 

@@ -34,6 +34,11 @@ impl Outputs {
         Self { messages: Vec::new(), each: Vec::new(), source, content_type }
     }
 
+    /// As empty as this was at first.
+    pub(crate) fn fresh(&self) -> Self {
+        Self::new(self.source.clone(), self.content_type.clone())
+    }
+
     /// Encodes an event and adds it.
     ///
     /// # Errors
@@ -53,6 +58,15 @@ pub(crate) fn encode<E: Event>(event: &E, id: MessageId, source: Text, content_t
     message.version = E::VERSION;
     message.key = event.key();
     Ok(message)
+}
+
+/// What a layer let through.
+impl IntoOutcome for Outputs {
+    fn into_outcome(self, outputs: &mut Outputs) -> Result<(), HandlerError> {
+        outputs.messages.extend(self.messages);
+        outputs.each.extend(self.each);
+        Ok(())
+    }
 }
 
 impl IntoOutcome for () {

@@ -13,9 +13,11 @@ pub use config::{SubscriptionConfig, Unrouted};
 pub use outage::OutagePolicy;
 pub use running::{Drained, Running, Stats};
 
-use crate::handler::{Args, EventInfo, Handler, IntoOutcome, Refuse, Route, Routed, Scope, Setup, States};
+use crate::handler::{
+    Args, EventInfo, Handler, IntoOutcome, Next, Outputs, Refuse, Request, Route, Routed, Scope, Setup, States, Wrap,
+};
 use crate::transport::{Acker, Capabilities, Ordering, Role, SubscriptionSpec, Topology};
-use crate::{Bus, BusEvent, Error, ErrorKind, Result, RetryMode, SubscriptionName, Text};
+use crate::{Bus, BusEvent, Error, ErrorKind, HandlerError, Result, RetryMode, SubscriptionName, Text};
 use lanes::{Job, JobId, Lanes};
 use outage::{Outage, Told};
 use parking_lot::Mutex;
@@ -54,6 +56,7 @@ pub struct Service {
     name: String,
     states: States,
     routes: Vec<(Arc<dyn Route>, Option<SubscriptionConfig>)>,
+    layers: Vec<Wrap>,
     drain: Duration,
 }
 
@@ -61,7 +64,7 @@ impl Service {
     /// A service without handlers. Its name is part of the names of its subscriptions: it must not change between
     /// deployments.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), states: States::default(), routes: Vec::new(), drain: DRAIN }
+        Self { name: name.into(), states: States::default(), routes: Vec::new(), layers: Vec::new(), drain: DRAIN }
     }
 
     /// Adds a state, of which handlers take a clone as `State<T>`; a second one of the same type takes its place.
@@ -89,6 +92,21 @@ impl Service {
         H::Out: IntoOutcome,
     {
         self.routes.push((Arc::new(Routed::new(handler)), Some(config)));
+        self
+    }
+
+    /// Wraps all its handlers in a `tower` layer, for tracing, limits or metrics; the first one is the outermost.
+    ///
+    /// A layer sees each run as a [`Request`](crate::handler::Request) and may fail it; retries and dead letters are around all
+    /// layers.
+    pub fn layer<L>(mut self, layer: L) -> Self
+    where
+        L: tower_layer::Layer<Next> + Send + Sync + 'static,
+        L::Service:
+            tower_service::Service<Request, Response = Outputs, Error = HandlerError> + Clone + Send + Sync + 'static,
+        <L::Service as tower_service::Service<Request>>::Future: Send,
+    {
+        self.layers.push(Next::wrap(layer));
         self
     }
 
@@ -136,10 +154,12 @@ impl Service {
         let planned = self.plan_on(bus)?;
         let source = Text::from(format!("/{}", self.name));
         let scope = Arc::new(Scope { states: self.states, bus: bus.clone() });
+        let layers = Next::stack(&self.layers);
         let mut running = Running::new();
         for planned in planned {
             let subscription = bus.transport().subscribe(planned.spec.clone()).await?;
-            running.spawn(Arc::new(Subscribed::new(planned, Arc::clone(&scope), source.clone())), subscription);
+            let subscribed = Subscribed::new(planned, Arc::clone(&scope), source.clone(), layers.clone());
+            running.spawn(Arc::new(subscribed), subscription);
         }
         Ok(running)
     }
@@ -254,6 +274,7 @@ pub(crate) struct Subscribed {
     retry_mode: RetryMode,
     keeps_order: bool,
     routes: Vec<Arc<dyn Route>>,
+    layers: Option<Next>,
     scope: Arc<Scope>,
     lanes: Mutex<Lanes>,
     /// By route: there is something to run.
@@ -267,10 +288,11 @@ pub(crate) struct Subscribed {
 }
 
 impl Subscribed {
-    fn new(planned: Planned, scope: Arc<Scope>, source: Text) -> Self {
+    fn new(planned: Planned, scope: Arc<Scope>, source: Text, layers: Option<Next>) -> Self {
         let Planned { spec, config, routes } = planned;
         Self {
             source,
+            layers,
             retry_mode: config.retry_mode(spec.ordering),
             keeps_order: spec.ordering == Ordering::Key,
             scope,

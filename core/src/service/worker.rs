@@ -3,7 +3,7 @@
 use super::Subscribed;
 use super::conclude::Failure;
 use super::lanes::Job;
-use crate::handler::{Context, IntoOutcome, Outputs};
+use crate::handler::{Context, IntoOutcome, Next, Outcome, Outputs, Request};
 use crate::transport::Lease;
 use crate::{Error, ErrorKind, HandlerError, Key, Message, Result, Topic};
 use futures_util::FutureExt;
@@ -96,7 +96,7 @@ impl Worker {
     /// `start` decodes, extracts and calls; it may fail or panic, as the handler's future may.
     pub(crate) async fn run<F>(&mut self, run: Run, start: impl FnOnce(&[&Message], &Context<'_>) -> Result<F>)
     where
-        F: Future<Output: IntoOutcome>,
+        F: Future<Output: IntoOutcome> + Send + 'static,
     {
         self.outputs.messages.clear();
         self.outputs.each.clear();
@@ -108,7 +108,10 @@ impl Worker {
         let result = match catch_unwind(AssertUnwindSafe(|| self.start(&run, start))) {
             Err(panic) => Err(Failure::panicked(&panic_text(&*panic))),
             Ok(Err(error)) => Err(self.not_started(&run, &error)),
-            Ok(Ok(future)) => self.finish(future).await,
+            Ok(Ok(future)) => match self.subscribed.layers.clone() {
+                None => self.finish(future).await,
+                Some(layers) => self.finish(through(layers, self.request(&run, future))).await,
+            },
         };
         let Run { first, more } = run;
         if more.is_empty() {
@@ -129,6 +132,18 @@ impl Worker {
         let messages: Vec<_> = std::iter::once(&run.first).chain(&run.more).map(|job| &job.delivery.message).collect();
         messages.iter().try_for_each(|message| check_size(message, max))?;
         start(&messages, &cx)
+    }
+
+    /// The run as layers see it.
+    fn request<F: Future<Output: IntoOutcome> + Send + 'static>(&self, run: &Run, future: F) -> Request {
+        let mut outputs = self.outputs.fresh();
+        let jobs = std::iter::once(&run.first).chain(&run.more);
+        Request {
+            subscription: self.subscribed.name.clone(),
+            messages: jobs.map(|job| job.delivery.message.clone()).collect(),
+            attempt: run.first.failures.attempts + 1,
+            run: Box::pin(async move { future.await.into_outcome(&mut outputs).map(|()| outputs) }),
+        }
     }
 
     /// Awaits the handler, within its time, and takes in what it returned.
@@ -211,6 +226,10 @@ impl Worker {
         });
         self.subscribed.pump.notify_one();
     }
+}
+
+async fn through(mut layers: Next, request: Request) -> Outcome {
+    tower_service::Service::call(&mut layers, request).await
 }
 
 fn check_size(message: &Message, max: usize) -> Result<()> {
