@@ -1,1 +1,28 @@
-//! Tidings.
+#![doc = include_str!("../docs/overview.md")]
+
+mod config;
+mod connect;
+
+pub use config::Config;
+pub use tidings_codecs as codecs;
+pub use tidings_core::{
+    Backoff, Batch, BoxError, Bus, BusConfig, BusEvent, Connect, DeadLetterReason, Drained, Error, ErrorKind, Event,
+    EventStream, HandlerError, Headers, Key, Message, MessageId, PublishErrors, PublishOptions, RawMessage, Result,
+    RetryMode, RetryPolicy, Running, Service, Stats, SubscriptionConfig, SubscriptionName, Text, ToKey, Topic,
+    TopicPattern, handler, header, transport,
+};
+#[cfg(feature = "macros")]
+pub use tidings_macros::Event;
+#[cfg(feature = "memory")]
+pub use tidings_memory as memory;
+
+/// What a service needs, in one import.
+pub mod prelude {
+    pub use crate::handler::{Attempt, Metadata, State};
+    pub use crate::transport::{Ordering, Start};
+    pub use crate::{
+        Batch, Bus, Config, ErrorKind, Event, HandlerError, Headers, PublishOptions, RawMessage, RetryPolicy, Service,
+        SubscriptionConfig,
+    };
+    pub use serde::{Deserialize, Serialize};
+}

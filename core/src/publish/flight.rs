@@ -1,0 +1,212 @@
+//! The broker's answer to a published message.
+
+use super::gate::Pass;
+use crate::transport::{Destination, Outgoing, Publisher};
+use crate::{Error, ErrorKind, Message};
+use parking_lot::Mutex;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// What is known of a message whose publish failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The broker does not have it.
+    NotPersisted,
+    /// The broker may have it: sending it again may make a duplicate.
+    PossiblyPersisted,
+}
+
+/// Why a message was not confirmed, and what is known of it.
+#[derive(Debug)]
+pub struct PublishFailure {
+    /// What is known of the message.
+    pub fate: Fate,
+    /// Why; a transient error lets core send it again.
+    pub error: Error,
+}
+
+/// The duty to answer for one message: by value, exactly once, from any thread.
+///
+/// Dropped unanswered, it says *possibly persisted*. Answering wakes whoever published, takes no lock of the
+/// transport and is allowed while the transport holds its own.
+pub struct Receipt {
+    flight: Option<Arc<Flight>>,
+    index: u32,
+}
+
+impl Receipt {
+    /// The broker has taken responsibility for the message.
+    pub fn confirm(mut self) {
+        self.answer(None);
+    }
+
+    /// The message was not confirmed.
+    pub fn fail(mut self, fate: Fate, error: Error) {
+        self.answer(Some(PublishFailure { fate, error }));
+    }
+
+    /// Whether nobody waits for the answer any more. A message that was not sent yet may then be dropped.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        self.flight.as_ref().is_none_or(|flight| flight.state.lock().abandoned)
+    }
+
+    fn answer(&mut self, failure: Option<PublishFailure>) {
+        if let Some(flight) = self.flight.take() {
+            flight.answer(self.index, failure);
+        }
+    }
+}
+
+impl Drop for Receipt {
+    fn drop(&mut self) {
+        if self.flight.is_some() {
+            let error = Error::new(ErrorKind::Internal, "the transport dropped the message without an answer");
+            self.answer(Some(PublishFailure { fate: Fate::PossiblyPersisted, error: error.with_transient(true) }));
+        }
+    }
+}
+
+impl fmt::Debug for Receipt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Receipt").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// Up to 64 messages submitted together, waiting for their answers; one allocation for all of them.
+pub(crate) struct Flight {
+    state: Mutex<State>,
+    /// Each answer gives one permit of the window back.
+    window: Arc<Semaphore>,
+    /// The keys of these messages stay closed until all have been answered, even if nobody waits any more.
+    _passes: Option<Arc<Vec<Pass>>>,
+}
+
+struct State {
+    /// One bit for each message.
+    unanswered: u64,
+    abandoned: bool,
+    failures: Vec<(usize, PublishFailure)>,
+    waker: Option<Waker>,
+}
+
+impl Flight {
+    /// The most messages in one flight.
+    pub(crate) const MAX: usize = 64;
+
+    /// A flight of `count` messages, each of which holds one permit of `window`.
+    pub(crate) fn new(count: usize, window: Arc<Semaphore>, passes: Option<Arc<Vec<Pass>>>) -> Arc<Self> {
+        debug_assert!((1..=Self::MAX).contains(&count));
+        let unanswered = u64::MAX >> (Self::MAX - count);
+        let state = State { unanswered, abandoned: false, failures: Vec::new(), waker: None };
+        Arc::new(Self { state: Mutex::new(state), window, _passes: passes })
+    }
+
+    pub(crate) fn receipt(self: &Arc<Self>, index: u32) -> Receipt {
+        Receipt { flight: Some(Arc::clone(self)), index }
+    }
+
+    /// Ready with the failures, by index, when all have been answered.
+    pub(crate) fn poll_answers(&self, cx: &mut Context<'_>) -> Poll<Vec<(usize, PublishFailure)>> {
+        let mut state = self.state.lock();
+        if state.unanswered == 0 {
+            return Poll::Ready(std::mem::take(&mut state.failures));
+        }
+        if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            state.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Nobody waits any more. Returns what failed, and who was not answered.
+    pub(crate) fn abandon(&self) -> (Vec<(usize, PublishFailure)>, impl Iterator<Item = usize> + use<>) {
+        let mut state = self.state.lock();
+        state.abandoned = true;
+        state.waker = None;
+        let unanswered = state.unanswered;
+        (std::mem::take(&mut state.failures), (0..Self::MAX).filter(move |index| unanswered & (1 << index) != 0))
+    }
+
+    fn answer(&self, index: u32, failure: Option<PublishFailure>) {
+        let mut state = self.state.lock();
+        state.unanswered &= !(1 << index);
+        state.failures.extend(failure.map(|failure| (index as usize, failure)));
+        let waker = if state.unanswered == 0 { state.waker.take() } else { None };
+        drop(state);
+        self.window.add_permits(1);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// Submits up to 64 messages (where to, what, delay, owed) at once; the future resolves to the failures by index.
+///
+/// For tests of transports and for tools. Dropping the future abandons what is unanswered.
+pub fn submit_and_wait(
+    publisher: &dyn Publisher,
+    batch: Vec<(Destination, Message, Option<Duration>, bool)>,
+) -> impl Future<Output = Vec<(usize, PublishFailure)>> + Send + use<> {
+    let flight = Flight::new(batch.len(), Arc::new(Semaphore::new(0)), None);
+    publisher.submit(&mut batch.iter().zip(0..).map(|((destination, message, delay, owed), index)| Outgoing {
+        destination: destination.clone(),
+        message,
+        delay: *delay,
+        owed: *owed,
+        receipt: flight.receipt(index),
+    }));
+    Answers(flight)
+}
+
+struct Answers(Arc<Flight>);
+
+impl Future for Answers {
+    type Output = Vec<(usize, PublishFailure)>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.poll_answers(cx)
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        drop(self.0.abandon());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+
+    #[tokio::test]
+    async fn names_by_index_what_failed_and_returns_each_permit() {
+        let window = Arc::new(Semaphore::new(0));
+        let flight = Flight::new(3, Arc::clone(&window), None);
+        let [a, b, c] = [0, 1, 2].map(|index| flight.receipt(index));
+        c.confirm();
+        assert_eq!(window.available_permits(), 1);
+        b.fail(Fate::NotPersisted, Error::new(ErrorKind::Full, "full"));
+        drop(a);
+        let failures = poll_fn(|cx| flight.poll_answers(cx)).await;
+        let seen: Vec<_> = failures.iter().map(|(i, f)| (*i, f.fate)).collect();
+        assert_eq!(seen, [(1, Fate::NotPersisted), (0, Fate::PossiblyPersisted)]);
+        assert_eq!(window.available_permits(), 3);
+    }
+
+    #[test]
+    fn tells_the_transport_when_nobody_waits_and_the_caller_who_was_not_answered() {
+        let flight = Flight::new(64, Arc::new(Semaphore::new(0)), None);
+        let receipts: Vec<_> = (0..64).map(|index| flight.receipt(index)).collect();
+        let mut rest = receipts.into_iter();
+        rest.by_ref().take(62).for_each(Receipt::confirm);
+        let waiting: Vec<_> = rest.collect();
+        assert!(waiting.iter().all(|receipt| !receipt.is_abandoned()));
+        assert_eq!(flight.abandon().1.collect::<Vec<_>>(), [62, 63]);
+        assert!(waiting.iter().all(Receipt::is_abandoned));
+    }
+}

@@ -1,0 +1,214 @@
+//! Publishing: the window of unconfirmed messages, and repeats with the same id that keep the order per key.
+
+pub(crate) mod flight;
+mod gate;
+
+use crate::transport::{Destination, Fate, Outgoing, PublishFailure, Publisher};
+use crate::{Backoff, Error, ErrorKind, Message, header};
+use flight::Flight;
+use gate::{Gate, Pass};
+use std::collections::BTreeSet;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// Between repeats of a publish.
+const REPEATS: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+
+/// A message to be published.
+#[derive(Clone, Debug)]
+pub(crate) struct Post {
+    pub(crate) destination: Destination,
+    pub(crate) message: Message,
+    pub(crate) delay: Option<Duration>,
+}
+
+/// What was not confirmed, by index, ascending.
+pub(crate) type Failures = Vec<(usize, PublishFailure)>;
+
+/// How to send: who waits, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    /// The message settles a delivery, see [`Outgoing::owed`].
+    pub(crate) owed: bool,
+    pub(crate) deadline: Instant,
+}
+
+/// Takes posts to the transport, and repeats what failed for now.
+pub(crate) struct Sender {
+    publisher: Arc<dyn Publisher>,
+    /// Unconfirmed messages of applications.
+    window: Arc<Semaphore>,
+    /// Unconfirmed messages that settle deliveries, never behind those that may wait for room.
+    owed_window: Arc<Semaphore>,
+    /// The most messages in one flight: a quarter of the window, so that one part is on its way while another is confirmed.
+    part: usize,
+    /// Only where the transport cannot repeat in order by itself.
+    gate: Option<Arc<Gate>>,
+}
+
+impl Sender {
+    pub(crate) fn new(publisher: Arc<dyn Publisher>, window: usize, ordered_repeats: bool) -> Self {
+        Self {
+            publisher,
+            window: Arc::new(Semaphore::new(window)),
+            owed_window: Arc::new(Semaphore::new(window)),
+            part: (window / 4).clamp(1, Flight::MAX),
+            gate: (!ordered_repeats).then(Arc::default),
+        }
+    }
+
+    /// Sends all posts, in order. Dropping the future un-sends nothing, but ends the repeats.
+    pub(crate) async fn send(&self, posts: &[Post], terms: Terms) -> Failures {
+        let Some(gate) = &self.gate else {
+            return self.send_once(posts, terms, None).await;
+        };
+        let mut failures = Vec::new();
+        let mut start = 0;
+        while start < posts.len() {
+            let (end, keys) = distinct_keys(posts, start);
+            let group = &posts[start..end];
+            let failed = match timeout_at(terms.deadline, enter_all(gate, keys)).await {
+                Ok(passes) => self.send_again_and_again(group, terms, Arc::new(passes)).await,
+                Err(_) => (0..group.len()).map(|i| (i, too_late(&group[i], Fate::NotPersisted))).collect(),
+            };
+            failures.extend(failed.into_iter().map(|(index, failure)| (start + index, failure)));
+            start = end;
+        }
+        failures
+    }
+
+    async fn send_again_and_again(&self, posts: &[Post], terms: Terms, passes: Arc<Vec<Pass>>) -> Failures {
+        let mut failed = self.send_once(posts, terms, Some(&passes)).await;
+        let mut given_up = Vec::new();
+        for round in 1.. {
+            let delay = REPEATS.delay(round);
+            let in_time = Instant::now() + delay < terms.deadline;
+            let (again, lost): (Vec<_>, _) = failed.into_iter().partition(|(_, f)| in_time && f.error.is_transient());
+            given_up.extend::<Failures>(lost);
+            if again.is_empty() {
+                break;
+            }
+            sleep(delay).await;
+            let copies: Vec<_> =
+                again.iter().map(|(index, failure)| repeat_of(&posts[*index], failure, round)).collect();
+            let still = self.send_once(&copies, terms, Some(&passes)).await;
+            failed = still.into_iter().map(|(n, failure)| (again[n].0, worse(&again[n].1, failure))).collect();
+        }
+        given_up.sort_by_key(|(index, _)| *index);
+        given_up
+    }
+
+    /// Hands all posts over, as the window allows, and waits for the answers.
+    async fn send_once(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Failures {
+        if posts.len() <= self.part {
+            return self.submit(posts, terms, passes).await.answers(posts, terms.deadline).await;
+        }
+        let mut flights = Vec::with_capacity(posts.len() / self.part + 1);
+        for part in posts.chunks(self.part) {
+            flights.push((part, self.submit(part, terms, passes).await));
+        }
+        let mut failures = Vec::new();
+        for (n, (part, flight)) in flights.into_iter().enumerate() {
+            let failed = flight.answers(part, terms.deadline).await;
+            failures.extend(failed.into_iter().map(|(index, failure)| (n * self.part + index, failure)));
+        }
+        failures
+    }
+
+    async fn submit(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Submitted {
+        let window = if terms.owed { &self.owed_window } else { &self.window };
+        // At most Flight::MAX, which fits.
+        let permits = window.acquire_many(posts.len() as u32);
+        match timeout_at(terms.deadline, permits).await {
+            Ok(Ok(permits)) => permits.forget(),
+            _ => return Submitted(None),
+        }
+        if posts.is_empty() {
+            return Submitted(None);
+        }
+        let flight = Flight::new(posts.len(), Arc::clone(window), passes.cloned());
+        self.publisher.submit(&mut posts.iter().zip(0..).map(|(post, index)| Outgoing {
+            destination: post.destination.clone(),
+            message: &post.message,
+            delay: post.delay,
+            owed: terms.owed,
+            receipt: flight.receipt(index),
+        }));
+        Submitted(Some(flight))
+    }
+}
+
+/// Posts handed to the transport; `None` if the window had no room for them in time.
+struct Submitted(Option<Arc<Flight>>);
+
+impl Submitted {
+    async fn answers(self, posts: &[Post], deadline: Instant) -> Failures {
+        let Some(flight) = &self.0 else {
+            return posts.iter().map(|post| too_late(post, Fate::NotPersisted)).enumerate().collect();
+        };
+        if let Ok(failures) = timeout_at(deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+            return failures;
+        }
+        let (mut failures, unanswered) = flight.abandon();
+        failures.extend(unanswered.map(|index| (index, too_late(&posts[index], Fate::PossiblyPersisted))));
+        failures
+    }
+}
+
+impl Drop for Submitted {
+    fn drop(&mut self) {
+        if let Some(flight) = &self.0 {
+            drop(flight.abandon());
+        }
+    }
+}
+
+/// The end of the longest part of `posts` from `start` in which no key occurs twice, and its keys.
+fn distinct_keys(posts: &[Post], start: usize) -> (usize, BTreeSet<(crate::Topic, crate::Key)>) {
+    let mut keys = BTreeSet::new();
+    for (index, post) in posts.iter().enumerate().skip(start) {
+        if let (Destination::Topic(topic), Some(key)) = (&post.destination, &post.message.key)
+            && !keys.insert((topic.clone(), key.clone()))
+        {
+            return (index, keys);
+        }
+    }
+    (posts.len(), keys)
+}
+
+/// Enters in ascending order, so that two senders never wait for each other.
+async fn enter_all(gate: &Arc<Gate>, keys: BTreeSet<(crate::Topic, crate::Key)>) -> Vec<Pass> {
+    let mut passes = Vec::with_capacity(keys.len());
+    for key in keys {
+        passes.push(gate.enter(key).await);
+    }
+    passes
+}
+
+/// The post as it is sent again: marked, if the first may have arrived.
+fn repeat_of(post: &Post, failure: &PublishFailure, round: u32) -> Post {
+    let mut copy = post.clone();
+    if failure.fate == Fate::PossiblyPersisted {
+        copy.message.headers.set(header::REPEAT, round.to_string());
+    }
+    copy
+}
+
+/// A later failure does not make an earlier copy that may have arrived unhappen.
+fn worse(before: &PublishFailure, mut now: PublishFailure) -> PublishFailure {
+    if before.fate == Fate::PossiblyPersisted {
+        now.fate = Fate::PossiblyPersisted;
+    }
+    now
+}
+
+fn too_late(post: &Post, fate: Fate) -> PublishFailure {
+    let why = match fate {
+        Fate::NotPersisted => "no room to send it in before the deadline; the broker is down, full or slow",
+        Fate::PossiblyPersisted => "not confirmed before the deadline; it may or may not be kept",
+    };
+    PublishFailure { fate, error: Error::new(ErrorKind::Timeout, why).with_context("topic", &post.message.topic) }
+}

@@ -1,0 +1,257 @@
+//! How a delivery ends: acked after what its handler returned is confirmed, held, sent aside, or dead-lettered.
+
+use super::lanes::Job;
+use super::worker::Worker;
+use crate::dead_letter::bury;
+use crate::error::{clean_line, one_line};
+use crate::handler::Verdict;
+use crate::publish::Post;
+use crate::transport::{Destination, Lease};
+use crate::{
+    Backoff, BusEvent, DeadLetterReason, Error, ErrorKind, HandlerError, Message, MessageId, Result, RetryMode,
+    RetryPolicy,
+};
+use std::collections::HashMap;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Between tries to publish what settles a delivery.
+const STALLED: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+
+/// Why a run failed.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    verdict: Verdict,
+    /// Why it is dead-lettered, if its verdict is to reject.
+    reason: DeadLetterReason,
+    error: String,
+    /// It was the handler that failed, so that it counts as an attempt.
+    ran: bool,
+}
+
+impl Failure {
+    fn transient(error: String) -> Self {
+        Self { verdict: Verdict::Transient, reason: DeadLetterReason::Exhausted, error, ran: true }
+    }
+
+    fn rejected(error: String) -> Self {
+        Self { verdict: Verdict::Reject, reason: DeadLetterReason::Rejected, error, ran: true }
+    }
+
+    pub(super) fn panicked(text: &str) -> Self {
+        Self::transient(clean_line(&format!("handler panicked: {text}"), 1024))
+    }
+
+    pub(super) fn timed_out(limit: Duration) -> Self {
+        Self::transient(format!("handler took longer than {limit:?}"))
+    }
+
+    pub(super) fn handler(error: &HandlerError, policy: &RetryPolicy) -> Self {
+        let line = one_line(&*error.source);
+        if error.is_reject() || policy.is_final(&*error.source) {
+            return Self::rejected(line);
+        }
+        Self { verdict: error.verdict, ..Self::transient(line) }
+    }
+
+    /// The arguments could not be made: the payload is at fault, or something that may pass.
+    pub(super) fn not_started(error: &Error, newer_version: bool) -> Self {
+        let reason = match error.kind() {
+            ErrorKind::TooLarge => DeadLetterReason::TooLarge,
+            ErrorKind::Codec | ErrorKind::Unsupported if newer_version => DeadLetterReason::NewerVersion,
+            ErrorKind::Codec | ErrorKind::Unsupported => DeadLetterReason::Undecodable,
+            _ => return Self::transient(one_line(error)),
+        };
+        Self { verdict: Verdict::Reject, reason, error: one_line(error), ran: false }
+    }
+}
+
+/// What happens after a failed run.
+#[derive(Debug, PartialEq)]
+enum Next {
+    Hold(Duration),
+    Aside(Duration),
+    Bury(DeadLetterReason),
+}
+
+/// Decides by the policy; `crowded` says that the key's lane has filled its share.
+fn next_step(failure: &Failure, job: &Job, policy: &RetryPolicy, mode: RetryMode, crowded: bool) -> Next {
+    if failure.verdict == Verdict::Reject {
+        return Next::Bury(failure.reason);
+    }
+    if job.failures.attempts >= policy.attempts {
+        return Next::Bury(DeadLetterReason::Exhausted);
+    }
+    let delay = match failure.verdict {
+        Verdict::RetryAfter(delay) => delay,
+        _ => policy.backoff.delay(job.failures.attempts),
+    };
+    let left = policy.hold_at_most.saturating_sub(job.held);
+    match mode {
+        RetryMode::Aside => Next::Aside(delay),
+        // The remaining attempts follow at once: others are not held up, and no attempt is lost.
+        RetryMode::InOrder if crowded => Next::Hold(Duration::ZERO),
+        RetryMode::InOrder if left.is_zero() => Next::Bury(DeadLetterReason::Exhausted),
+        RetryMode::InOrder => Next::Hold(delay.min(left)),
+    }
+}
+
+impl Worker {
+    /// Ends a run of one job.
+    pub(super) async fn conclude(&mut self, job: Job, result: Result<(), Failure>) {
+        let published = match result {
+            Ok(()) => self.publish_outputs(&job, &[]).await,
+            Err(failure) => Err(failure),
+        };
+        match published {
+            Ok(()) => self.subscribed.ack(job),
+            Err(failure) => self.fail(job, failure).await,
+        }
+    }
+
+    /// Publishes what the handler returned, all of it checked before the first is sent. `others` were handled together
+    /// with `job`, and take part in the ids.
+    pub(super) async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<(), Failure> {
+        let subscribed = &self.subscribed;
+        let lost = || job.delivery.acker.lease() == Lease::Lost && !subscribed.lanes.lock().has_successor(job.id);
+        // Where the lease is lost, another instance handles it and publishes the same ids.
+        if self.outputs.messages.is_empty() || lost() {
+            return Ok(());
+        }
+        let bus = &subscribed.scope.bus;
+        let now = bus.clock().now();
+        link(&mut self.outputs.messages, &job.delivery.message, others, subscribed.name.as_str());
+        let posts =
+            self.outputs.messages.drain(..).map(|message| bus.post(message, None, now)).collect::<Result<Vec<_>>>();
+        let sent = match posts {
+            Err(error) => Err(error),
+            Ok(posts) => self.owe(posts, false).await,
+        };
+        let refused = |error| format!("what the handler returned was refused: {}", one_line(&error));
+        let count = sent.map_err(|error| Failure::rejected(clean_line(&refused(error), 1024)))?;
+        self.subscribed.counters.published.fetch_add(count, Relaxed);
+        Ok(())
+    }
+
+    async fn fail(&mut self, mut job: Job, failure: Failure) {
+        let subscribed = &self.subscribed;
+        subscribed.counters.failed.fetch_add(1, Relaxed);
+        if failure.ran {
+            job.failures.count(subscribed.scope.bus.clock().now());
+        }
+        let crowded = subscribed.lanes.lock().is_crowded(job.id);
+        match next_step(&failure, &job, &subscribed.config.retry, subscribed.retry_mode, crowded) {
+            Next::Hold(delay) => self.hold(job, delay, failure),
+            Next::Aside(delay) => self.step_aside(job, delay, failure).await,
+            Next::Bury(reason) => self.dead_letter(job, reason, failure).await,
+        }
+    }
+
+    fn hold(&self, mut job: Job, delay: Duration, failure: Failure) {
+        self.tell_retry(&job, delay, failure);
+        job.held += delay;
+        let until = Instant::now() + delay;
+        self.subscribed.with_lanes(|lanes| lanes.hold(job, until));
+        self.subscribed.pump.notify_one();
+    }
+
+    /// Sends a copy to the subscription's address; the original is acked when that is confirmed.
+    async fn step_aside(&self, job: Job, delay: Duration, failure: Failure) {
+        let mut message = job.delivery.message.clone();
+        job.failures.write(&mut message);
+        let destination = Destination::Subscription(self.subscribed.name.clone());
+        match self.owe(vec![Post { destination, message, delay: Some(delay) }], false).await {
+            Ok(_) => {
+                self.tell_retry(&job, delay, failure);
+                self.subscribed.ack_failed(job);
+            }
+            Err(error) => {
+                let error = format!("{}; and it could not step aside: {}", failure.error, one_line(&error));
+                let failure = Failure::transient(clean_line(&error, 1024));
+                self.dead_letter(job, DeadLetterReason::Exhausted, failure).await;
+            }
+        }
+    }
+
+    /// Publishes the dead letter, for as long as that takes; the original stays until it is confirmed.
+    async fn dead_letter(&self, job: Job, reason: DeadLetterReason, failure: Failure) {
+        let subscribed = &self.subscribed;
+        let mut message = job.delivery.message.clone();
+        let now = subscribed.scope.bus.clock().now();
+        bury(&mut message, &subscribed.name, reason, &failure.error, &job.failures, now);
+        let post = Post { destination: Destination::DeadLetter(subscribed.name.clone()), message, delay: None };
+        if self.owe(vec![post], true).await.is_ok() {
+            subscribed.counters.dead_lettered.fetch_add(1, Relaxed);
+            let (subscription, id) = (subscribed.name.clone(), job.delivery.message.id.clone());
+            let error = failure.error.into();
+            subscribed.scope.bus.tell().tell(BusEvent::DeadLettered { subscription, id, reason, error });
+            subscribed.ack_failed(job);
+        }
+    }
+
+    /// Publishes what settles a delivery again and again until all of it is confirmed, and says how many that were.
+    /// A refusal that is final ends it, unless it is `stubborn`.
+    async fn owe(&self, mut posts: Vec<Post>, stubborn: bool) -> Result<u64> {
+        let bus = &self.subscribed.scope.bus;
+        let count = posts.len() as u64;
+        for round in 1.. {
+            let failures = bus.send(&posts, bus.terms(true)).await;
+            let Some((_, first)) = failures.first() else { break };
+            let error = one_line(&first.error).into();
+            bus.tell().tell(BusEvent::PublishStalled { subscription: self.subscribed.name.clone(), error });
+            let mut indices = Vec::with_capacity(failures.len());
+            for (index, failure) in failures {
+                if !failure.error.is_transient() && !stubborn {
+                    return Err(failure.error);
+                }
+                indices.push(index);
+            }
+            posts = indices.into_iter().map(|index| posts[index].clone()).collect();
+            tokio::time::sleep(STALLED.delay(round)).await;
+        }
+        Ok(count)
+    }
+
+    fn tell_retry(&self, job: &Job, delay: Duration, failure: Failure) {
+        self.subscribed.counters.retried.fetch_add(1, Relaxed);
+        let (subscription, id) = (self.subscribed.name.clone(), job.delivery.message.id.clone());
+        let (attempts, error) = (job.failures.attempts, failure.error.into());
+        self.subscribed.scope.bus.tell().tell(BusEvent::Retry { subscription, id, attempts, delay, error });
+    }
+}
+
+/// Links what was returned to its cause: trace, correlation, causation, and ids that a repeated run repeats.
+fn link(outputs: &mut [Message], cause: &Message, others: &[Job], subscription: &str) {
+    let mut equals: HashMap<MessageId, u64> = HashMap::new();
+    let several = outputs.len() > 1;
+    for message in outputs {
+        message.correlation_id = Some(cause.correlation_id.as_ref().unwrap_or(&cause.id).clone());
+        message.causation_id = Some(cause.id.clone());
+        for name in ["traceparent", "tracestate"] {
+            if let Some(value) = cause.headers.get(name) {
+                message.headers.set(name, value.clone());
+            }
+        }
+        message.id = output_id(message, cause, others, subscription, 0);
+        if several {
+            let ordinal = equals.entry(message.id.clone()).or_insert(0);
+            if *ordinal > 0 {
+                message.id = output_id(message, cause, others, subscription, *ordinal);
+            }
+            *ordinal += 1;
+        }
+    }
+}
+
+/// A hash of subscription, cause, type, key, payload and ordinal among equals.
+fn output_id(message: &Message, cause: &Message, others: &[Job], subscription: &str, ordinal: u64) -> MessageId {
+    let key = message.key.as_ref().map_or(&[][..], |key| key.as_bytes());
+    let ordinal = ordinal.to_be_bytes();
+    cause.id.with_str(|cause_id| {
+        let others: Vec<_> = others.iter().map(|job| job.delivery.message.id.to_string()).collect();
+        let parts = [subscription, &cause.source, cause_id, &message.event_type].map(str::as_bytes);
+        let parts = parts.into_iter().chain([key, &message.payload[..], &ordinal[..]]);
+        MessageId::derived(parts.chain(others.iter().map(String::as_bytes)))
+    })
+}

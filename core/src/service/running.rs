@@ -1,0 +1,183 @@
+//! A service that runs: its tasks, its numbers, its end.
+
+use super::Subscribed;
+use super::pump::{Pumped, pump};
+use super::worker::Worker;
+use crate::transport::{Flushed, Subscription};
+use crate::{Error, ErrorKind};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+
+/// A service that runs. Dropped, it stops without draining: what is unsettled will be delivered again.
+pub struct Running {
+    stop: watch::Sender<bool>,
+    subscribed: Vec<Arc<Subscribed>>,
+    pumps: JoinSet<Pumped>,
+    workers: JoinSet<()>,
+    /// Subscriptions that have ended by themselves, still to be closed.
+    ended: Vec<Box<dyn Subscription>>,
+}
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drained {
+    /// Runs that were cut off at the deadline; their events will be delivered again.
+    pub abandoned: usize,
+    /// Events that were here and not started; they were given back.
+    pub given_back: usize,
+    /// How the settlements ended at the broker.
+    pub flushed: Flushed,
+}
+
+/// What a subscription has done in this instance since it was started.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Events handled and acked.
+    pub handled: u64,
+    /// Runs that failed.
+    pub failed: u64,
+    /// Failed runs that were followed by another, in order or aside.
+    pub retried: u64,
+    /// Events dead-lettered.
+    pub dead_lettered: u64,
+    /// Events of a type that no handler takes, acked.
+    pub unrouted: u64,
+    /// Events that handlers returned, published and confirmed.
+    pub published: u64,
+    /// Events here and unsettled now.
+    pub in_flight: usize,
+    /// Runs going on now.
+    pub running: usize,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) handled: AtomicU64,
+    pub(super) failed: AtomicU64,
+    pub(super) retried: AtomicU64,
+    pub(super) dead_lettered: AtomicU64,
+    pub(super) unrouted: AtomicU64,
+    pub(super) published: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn snapshot(&self, in_flight: usize, running: usize) -> Stats {
+        let get = |counter: &AtomicU64| counter.load(Relaxed);
+        Stats {
+            handled: get(&self.handled),
+            failed: get(&self.failed),
+            retried: get(&self.retried),
+            dead_lettered: get(&self.dead_lettered),
+            unrouted: get(&self.unrouted),
+            published: get(&self.published),
+            in_flight,
+            running,
+        }
+    }
+}
+
+impl Running {
+    pub(super) fn new() -> Self {
+        let stop = watch::Sender::new(false);
+        Self { stop, subscribed: Vec::new(), pumps: JoinSet::new(), workers: JoinSet::new(), ended: Vec::new() }
+    }
+
+    pub(super) fn spawn(&mut self, subscribed: Arc<Subscribed>, subscription: Box<dyn Subscription>) {
+        for (route, handler) in subscribed.routes.iter().enumerate() {
+            for _ in 0..subscribed.config.concurrency {
+                self.workers.spawn(Arc::clone(handler).work(Worker::new(Arc::clone(&subscribed), route)));
+            }
+        }
+        self.pumps.spawn(pump(subscription, Arc::clone(&subscribed), self.stop.subscribe()));
+        self.subscribed.push(subscribed);
+    }
+
+    /// Its subscriptions and what they have done, in the order of their handlers.
+    pub fn stats(&self) -> impl Iterator<Item = (&str, Stats)> {
+        self.subscribed.iter().map(|subscribed| (subscribed.name.as_str(), subscribed.stats()))
+    }
+
+    /// Waits for a subscription to end for good, which none does by itself while its broker can be repaired.
+    ///
+    /// # Cancel safety
+    /// The error is not lost: the subscription stays ended.
+    pub async fn failed(&mut self) -> Error {
+        while let Some(pumped) = self.pumps.join_next().await {
+            match pumped {
+                Ok(Pumped { subscription, ended }) => {
+                    self.ended.push(subscription);
+                    if let Err(error) = ended {
+                        return error;
+                    }
+                }
+                Err(panic) => {
+                    return Error::new(ErrorKind::Internal, "reading a subscription panicked").with_source(panic);
+                }
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Stops reading, lets what runs finish within `deadline`, gives the rest back, flushes the settlements.
+    ///
+    /// # Cancel safety
+    /// The service stops nevertheless; what is unsettled will be delivered again.
+    pub async fn drain(mut self, deadline: Duration) -> Drained {
+        let deadline = Instant::now() + deadline;
+        let mut drained = Drained::default();
+        self.stop.send_replace(true);
+        for subscribed in &self.subscribed {
+            subscribed.lanes.lock().stop();
+            subscribed.ready.iter().for_each(tokio::sync::Notify::notify_waiters);
+        }
+        let mut subscriptions = std::mem::take(&mut self.ended);
+        while let Some(pumped) = self.pumps.join_next().await {
+            subscriptions.extend(pumped.ok().map(|pumped| pumped.subscription));
+        }
+        while let Ok(Some(_)) = timeout_at(deadline, self.workers.join_next()).await {}
+        drained.abandoned = self.subscribed.iter().map(|subscribed| subscribed.lanes.lock().running()).sum();
+        self.workers.shutdown().await;
+        for subscribed in &self.subscribed {
+            let rest = subscribed.lanes.lock().clear();
+            drained.given_back += rest.len();
+        }
+        for subscription in subscriptions {
+            let flushed = subscription.close(deadline).await;
+            drained.flushed.applied += flushed.applied;
+            drained.flushed.stale += flushed.stale;
+            drained.flushed.unknown += flushed.unknown;
+        }
+        drained
+    }
+}
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.stats()).finish()
+    }
+}
+
+/// Waits for SIGINT or, on Unix, SIGTERM.
+pub(super) async fn signal() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = terminate.recv() => return,
+                interrupted = tokio::signal::ctrl_c() => if interrupted.is_ok() { return },
+            }
+        }
+    }
+    if tokio::signal::ctrl_c().await.is_err() {
+        // Without signals there is nothing to wait for.
+        std::future::pending().await
+    }
+}

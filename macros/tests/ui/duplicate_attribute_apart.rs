@@ -1,0 +1,11 @@
+use serde::{Deserialize, Serialize};
+use tidings::Event;
+
+#[derive(Event, Serialize, Deserialize)]
+#[event(name = "shop.order.placed", key = order_id)]
+#[event(key = order_id)]
+struct OrderPlaced {
+    order_id: String,
+}
+
+fn main() {}

@@ -1,0 +1,10 @@
+use serde::{Deserialize, Serialize};
+use tidings::Event;
+
+#[derive(Event, Serialize, Deserialize)]
+// There is no #[event(..)].
+struct OrderPlaced {
+    order_id: String,
+}
+
+fn main() {}

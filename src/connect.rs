@@ -1,0 +1,90 @@
+//! From a configuration to a connected transport: the only place that knows all transports.
+
+use crate::{BusConfig, Config, Error, ErrorKind, Result};
+use std::sync::Arc;
+use tidings_core::Connect;
+use tidings_core::transport::{BoxFuture, Topology, Transport};
+
+/// URL schemes, the transport each belongs to, and the feature that compiles it in.
+const SCHEMES: [(&str, &str); 7] = [
+    ("memory", "memory"),
+    ("nats", "nats"),
+    ("tls", "nats"),
+    ("amqp", "rabbitmq"),
+    ("amqps", "rabbitmq"),
+    ("kafka", "kafka"),
+    ("kafkas", "kafka"),
+];
+
+/// The transport that a URL belongs to, if it is compiled in.
+pub(crate) fn scheme(url: &str) -> Result<&'static str> {
+    // Never the URL itself: it may hold a password.
+    let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+    let Some((_, transport)) = SCHEMES.into_iter().find(|(known, _)| *known == scheme) else {
+        let known: Vec<_> = SCHEMES.into_iter().map(|(scheme, _)| format!("{scheme}://")).collect();
+        let why = format!("unknown scheme `{scheme}` of the url; known are {}", known.join(", "));
+        return Err(Error::new(ErrorKind::Config, why).with_operation("connect"));
+    };
+    compiled_in(transport)
+}
+
+fn compiled_in(transport: &'static str) -> Result<&'static str> {
+    match transport {
+        #[cfg(feature = "memory")]
+        "memory" => Ok(transport),
+        // A feature of a transport that is not released yet does not exist; the text is the same then.
+        _ => {
+            let why =
+                format!("transport `{transport}` is not compiled in; enable the feature `{transport}` of `tidings`");
+            Err(Error::new(ErrorKind::Config, why).with_operation("connect"))
+        }
+    }
+}
+
+impl Config {
+    fn selected(&self) -> Result<&'static str> {
+        if let Some(url) = &self.url {
+            return scheme(url);
+        }
+        let known = |name: &String| SCHEMES.into_iter().find(|(_, transport)| transport == name).map(|(_, t)| t);
+        match self.transport.as_ref().and_then(known) {
+            Some(transport) => compiled_in(transport),
+            None => {
+                let why =
+                    "no transport is chosen; set `transport` in tidings.toml, or TIDINGS_URL, such as memory://shop";
+                Err(Error::new(ErrorKind::Config, why).with_operation("connect"))
+            }
+        }
+    }
+
+    async fn transport(&self) -> Result<Arc<dyn Transport>> {
+        match self.selected()? {
+            #[cfg(feature = "memory")]
+            "memory" => {
+                use tidings_memory::{MemoryConfig, MemoryTransport};
+                let mut config: MemoryConfig = self.section("memory")?;
+                if let Some(url) = &self.url {
+                    config = MemoryConfig::from_url(url)?;
+                }
+                if let Some(namespace) = &self.namespace {
+                    config.namespace.clone_from(namespace);
+                }
+                Ok(MemoryTransport::connect(config)?)
+            }
+            other => Err(Error::new(ErrorKind::Internal, format!("transport `{other}` has no connector"))),
+        }
+    }
+}
+
+impl Connect for Config {
+    fn connect(self) -> BoxFuture<Result<(Arc<dyn Transport>, BusConfig)>> {
+        Box::pin(async move {
+            let transport = self.transport().await?;
+            if !self.topics.is_empty() {
+                let topology = Topology { topics: self.topics, subscriptions: Vec::new() };
+                transport.provision(&topology).await?;
+            }
+            Ok((transport, self.bus))
+        })
+    }
+}
