@@ -1,6 +1,7 @@
 //! Which orders were placed and what became of each: the proof that none is lost.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,14 @@ pub(crate) struct Balance {
     pub(crate) dead_lettered: u64,
     /// Orders that ended as they should: good ones everywhere, poisoned ones in one dead letter, of Billing.
     pub(crate) as_expected: u64,
+}
+
+impl fmt::Display for Balance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { placed, accounted, invoiced, shipped, followed_up, dead_lettered, .. } = self;
+        write!(f, "{placed} orders placed, {accounted} accounted for: {invoiced} invoiced, {shipped} shipped, ")?;
+        write!(f, "{followed_up} followed up, {dead_lettered} dead-lettered.")
+    }
 }
 
 impl Ledger {

@@ -44,7 +44,9 @@ async fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("webshop: {error}");
+            let causes = std::iter::successors(error.source(), |error| error.source());
+            let causes: String = causes.map(|cause| format!(": {cause}")).collect();
+            eprintln!("webshop: {error}{causes}");
             ExitCode::FAILURE
         }
     }

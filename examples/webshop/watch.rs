@@ -1,6 +1,7 @@
 //! Watches a run until every order is accounted for, and tells how it went.
 
 use std::io::{self, IsTerminal, Write};
+use std::pin::pin;
 use std::time::Duration;
 
 use tidings::prelude::*;
@@ -54,6 +55,7 @@ impl Watch {
         let mut checkout = tokio::spawn(checkout.place_all());
         let mut placed = None;
         let mut moved = (start + outage, Standing::default());
+        let mut interrupt = pin!(tokio::signal::ctrl_c());
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
@@ -64,7 +66,7 @@ impl Watch {
                         self.crew.start_prepared("billing", billing).await?;
                     }
                 }
-                _ = tokio::signal::ctrl_c() => break End::Interrupted,
+                _ = &mut interrupt => break End::Interrupted,
                 _ = look.tick() => {}
             }
             let standing = self.look_around().await?;
@@ -72,11 +74,12 @@ impl Watch {
             if standing != moved.1 {
                 moved = (Instant::now().max(start + outage), standing);
             }
-            if placed.is_some() && self.ledger.standing().1 == 0 && standing.waiting == 0 {
+            let is_settled = self.ledger.standing().1 == 0 && standing.waiting == 0;
+            if placed.is_some() && is_settled {
                 break End::Complete;
             }
-            // An input may be as slow as it likes, once everything it gave is accounted for.
-            if standing.waiting > 0 && moved.0.elapsed() > PATIENCE {
+            // An input may be as slow as it likes, once everything it gave is settled.
+            if !is_settled && moved.0.elapsed() > PATIENCE {
                 break End::Stalled;
             }
         };
@@ -124,33 +127,33 @@ impl Watch {
     /// Shows what happened, sends everyone home, and judges.
     async fn conclude(mut self, end: End, placed: Placed) -> Result<bool, BoxError> {
         self.read_dead_letters().await?;
+        let complaints = self.complaints(end, &placed);
         println!("\n{}", report::service_table(&self.crew.rows(self.ledger.standing().0)));
         println!("{}", report::delay_table(&self.delays(placed.delays)));
         println!("{}", report::sequence_diagram(&self.journal.hops(), &self.crew.troubles()));
         self.letters.iter().for_each(show_letter);
+        println!("{}", self.ledger.balance());
+        complaints.iter().for_each(|complaint| eprintln!("webshop: {complaint}"));
         self.crew.go_home().await?;
-        let (broke_off, refused) = (placed.broke_off, &placed.refused);
-        if let Some(first) = refused.first() {
-            eprintln!("{} orders could not be placed, the first because: {first}", refused.len());
-        }
+        Ok(complaints.is_empty())
+    }
+
+    /// Why this run proves nothing, if so.
+    fn complaints(&self, end: End, placed: &Placed) -> Vec<String> {
         let balance = self.ledger.balance();
-        println!(
-            "{} orders placed, {} accounted for: {} invoiced, {} shipped, {} followed up, {} dead-lettered.",
-            balance.placed,
-            balance.accounted,
-            balance.invoiced,
-            balance.shipped,
-            balance.followed_up,
-            balance.dead_lettered
-        );
-        let is_all = self.expected.is_none_or(|expected| expected == balance.placed);
-        let is_proven = balance.as_expected == balance.placed && self.letters.len() as u64 == self.poison;
-        let is_good = end == End::Complete && is_all && is_proven && !broke_off && refused.is_empty();
-        if !is_good {
-            let suspects = self.ledger.suspects(5).join(", ");
-            eprintln!("This run is no proof: {end:?}, {} dead letters, suspects: {suspects}", self.letters.len());
-        }
-        Ok(is_good)
+        let (letters, unexpected) = (self.letters.len() as u64, balance.placed - balance.as_expected);
+        let missing = self.expected.unwrap_or(balance.placed).saturating_sub(balance.placed);
+        let refused = placed.refused.first().map(String::as_str).unwrap_or_default();
+        let complaints = [
+            (end == End::Interrupted, "interrupted".to_owned()),
+            (end == End::Stalled, format!("nothing has moved for {} s", PATIENCE.as_secs())),
+            (placed.broke_off, "there may be orders behind the last line that could be read".to_owned()),
+            (!refused.is_empty(), format!("{} orders could not be placed: {refused}", placed.refused.len())),
+            (missing > 0, format!("{missing} orders were not placed")),
+            (unexpected > 0, format!("{unexpected} orders did not end well: {}", self.ledger.suspects(5).join(", "))),
+            (letters != self.poison, format!("{letters} dead letters where {} were expected", self.poison)),
+        ];
+        complaints.into_iter().filter_map(|(is_so, complaint)| is_so.then_some(complaint)).collect()
     }
 
     fn delays(&self, publishing: Vec<Duration>) -> Vec<Delays> {
