@@ -12,7 +12,9 @@ use crate::text::{left, money, right};
 /// Orders and cents, by country and currency. An order that comes twice, as any may, would count twice; a real one
 /// would keep the ids of its orders in the same database.
 #[derive(Clone, Default)]
-pub(crate) struct Totals(Arc<Mutex<BTreeMap<(String, String), (u64, i64)>>>);
+pub(crate) struct Totals(Arc<Mutex<ByCountry>>);
+
+type ByCountry = BTreeMap<(String, String), (u64, i64)>;
 
 pub(crate) fn service(totals: &Totals, journal: &Journal) -> Service {
     Service::new("analytics").state(totals.clone()).state(journal.at("analytics")).on(add_up)

@@ -71,9 +71,17 @@ async fn webshop(flags: Flags) -> Result<bool, BoxError> {
     }
 
     let checkout = Checkout::new(shop, ledger.clone(), &flags)?;
-    let expected = flags.count.map(|count| count.get() as u64);
-    let watch = Watch { crew, ledger, journal, expected, poison: flags.poison as u64, letters: Vec::new() };
-    let is_good = watch.run(checkout, flags.billing_outage, billing).await?;
+    let watch = Watch {
+        crew,
+        ledger,
+        journal,
+        expected: flags.count.map(|count| count.get() as u64),
+        poison: flags.poison as u64,
+        outage: flags.billing_outage,
+        billing: Some(billing),
+        letters: Vec::new(),
+    };
+    let is_good = watch.run(checkout).await?;
     if flags.with_analytics {
         print!("\n{}", totals.show(5));
     }

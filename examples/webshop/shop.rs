@@ -143,12 +143,18 @@ async fn next(lines: &mut mpsc::Receiver<Result<Order, BadLine>>, placed: &mut P
 /// Reads the orders on a thread of its own, which may wait for standard input for ever.
 fn read(flags: &Flags) -> io::Result<mpsc::Receiver<Result<Order, BadLine>>> {
     let orders = orders::open(&flags.orders.clone().unwrap_or_default())?;
-    let mut orders: Box<dyn Iterator<Item = _> + Send> = match flags.count {
+    let orders: Box<dyn Iterator<Item = _> + Send> = match flags.count {
         Some(count) => Box::new(orders.exactly(count.get())),
         None => Box::new(orders),
     };
     let (sender, lines) = mpsc::channel(CHECKOUTS);
-    std::thread::spawn(move || orders.try_for_each(|order| sender.blocking_send(order)));
+    std::thread::spawn(move || {
+        for order in orders {
+            if sender.blocking_send(order).is_err() {
+                break; // the shop has closed
+            }
+        }
+    });
     Ok(lines)
 }
 

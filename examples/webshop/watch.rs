@@ -7,7 +7,8 @@ use std::time::Duration;
 use tidings::prelude::*;
 use tidings::transport::DeadLetter;
 use tidings::{BoxError, header};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, interval, sleep_until};
 
 use crate::crew::Crew;
 use crate::journal::{Journal, display};
@@ -15,6 +16,9 @@ use crate::ledger::{Ledger, Outcome, Step};
 use crate::report::{self, Delays, Progress, Standing};
 use crate::shop::{Checkout, Placed};
 use crate::text;
+
+/// The publisher, on its way.
+type Placing = JoinHandle<Result<Placed, BoxError>>;
 
 /// How often the watch looks around.
 const LOOK: Duration = Duration::from_millis(50);
@@ -30,6 +34,10 @@ pub(crate) struct Watch {
     pub(crate) expected: Option<u64>,
     /// How many of them are poisoned.
     pub(crate) poison: u64,
+    /// How long Billing is out.
+    pub(crate) outage: Duration,
+    /// Billing, until it starts.
+    pub(crate) billing: Option<Service>,
     /// Dead letters of this run's orders.
     pub(crate) letters: Vec<(&'static str, DeadLetter)>,
 }
@@ -44,48 +52,49 @@ enum End {
 
 impl Watch {
     /// Runs until every order is accounted for; `true` if all ended as they should.
-    pub(crate) async fn run(
-        mut self,
-        checkout: Checkout,
-        outage: Duration,
-        billing: Service,
-    ) -> Result<bool, BoxError> {
-        let (start, mut late) = (Instant::now(), Some(billing));
-        let mut progress = Progress::new(io::stdout().is_terminal());
+    pub(crate) async fn run(mut self, checkout: Checkout) -> Result<bool, BoxError> {
         let mut checkout = tokio::spawn(checkout.place_all());
         let mut placed = None;
-        let mut moved = (start + outage, Standing::default());
-        let mut interrupt = pin!(tokio::signal::ctrl_c());
-        let mut look = interval(LOOK);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let end = self.watch(&mut checkout, &mut placed).await?;
+        checkout.abort();
+        self.conclude(end, placed.unwrap_or_default()).await
+    }
+
+    async fn watch(&mut self, checkout: &mut Placing, placed: &mut Option<Placed>) -> Result<End, BoxError> {
+        let (mut look, mut interrupt) = (interval(LOOK), pin!(tokio::signal::ctrl_c()));
+        let start = Instant::now();
+        let opening = start + self.outage;
+        let mut progress = Progress::new(io::stdout().is_terminal());
+        let mut moved = (opening, Standing::default());
         let end = loop {
             tokio::select! {
-                done = &mut checkout, if placed.is_none() => placed = Some(done??),
-                () = sleep_until(start + outage), if late.is_some() => {
-                    if let Some(billing) = late.take() {
-                        self.crew.start_prepared("billing", billing).await?;
-                    }
-                }
+                done = &mut *checkout, if placed.is_none() => *placed = Some(done??),
+                () = sleep_until(opening), if self.billing.is_some() => self.start_billing().await?,
                 _ = &mut interrupt => break End::Interrupted,
                 _ = look.tick() => {}
             }
             let standing = self.look_around().await?;
             show(progress.show(start.elapsed(), &standing));
             if standing != moved.1 {
-                moved = (Instant::now().max(start + outage), standing);
+                moved = (opening.max(Instant::now()), standing);
             }
             let is_settled = self.ledger.standing().1 == 0 && standing.waiting == 0;
-            if placed.is_some() && is_settled {
-                break End::Complete;
-            }
-            // An input may be as slow as it likes, once everything it gave is settled.
-            if !is_settled && moved.0.elapsed() > PATIENCE {
-                break End::Stalled;
+            match (is_settled, placed.is_some()) {
+                (true, true) => break End::Complete,
+                (true, false) => {} // an input may be as slow as it likes
+                (false, _) if moved.0.elapsed() > PATIENCE => break End::Stalled,
+                (false, _) => {}
             }
         };
         show(Some(progress.finish(start.elapsed(), &self.standing())));
-        checkout.abort();
-        self.conclude(end, placed.unwrap_or_default()).await
+        Ok(end)
+    }
+
+    async fn start_billing(&mut self) -> tidings::Result<()> {
+        match self.billing.take() {
+            Some(billing) => self.crew.start_prepared("billing", billing).await,
+            None => Ok(()),
+        }
     }
 
     fn standing(&self) -> Standing {
