@@ -158,6 +158,7 @@ impl Watch {
             (end == End::Stalled, format!("nothing has moved for {} s", PATIENCE.as_secs())),
             (placed.broke_off, "there may be orders behind the last line that could be read".to_owned()),
             (!refused.is_empty(), format!("{} orders could not be placed: {refused}", placed.refused.len())),
+            (balance.placed == 0, "no order was placed".to_owned()),
             (missing > 0, format!("{missing} orders were not placed")),
             (unexpected > 0, format!("{unexpected} orders did not end well: {}", self.ledger.suspects(5).join(", "))),
             (letters != self.poison, format!("{letters} dead letters where {} were expected", self.poison)),
