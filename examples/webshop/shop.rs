@@ -1,150 +1,163 @@
-//! The shop: places orders, and keeps account of what became of each.
+//! The shop: places orders, and follows what becomes of them.
+
+use std::io::{self, IsTerminal};
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant, SystemTime};
+
+use tidings::prelude::*;
+use tidings::{BoxError, MessageId};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Interval;
 
 use crate::events::{FollowUpScheduled, InvoiceCreated, LabelPrinted, OrderPlaced};
-use crate::orders::{BadLine, Order};
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-use tidings::prelude::*;
-use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use crate::flags::Flags;
+use crate::journal::{Journal, Noted};
+use crate::ledger::{Ledger, Outcome, Step};
+use crate::orders::{self, BadLine, NOWHERE, Order};
+use crate::text;
 
-/// How many orders are being placed at a time.
-const CHECKOUTS: usize = 32;
+/// How many customers are at the checkout at a time.
+const CHECKOUTS: usize = 64;
 
-/// What became of each order.
-#[derive(Clone, Default)]
-pub(crate) struct Ledger(Arc<(Mutex<Accounts>, Notify)>);
-
-#[derive(Default)]
-pub(crate) struct Accounts {
-    placed: HashSet<String>,
-    shipped: HashSet<String>,
-    invoiced: HashSet<String>,
-    followed_up: HashSet<String>,
-    checkouts: Vec<Duration>,
-    refused: u64,
-    input_broke_off: bool,
-}
-
-impl Ledger {
-    pub(crate) fn accounts(&self) -> MutexGuard<'_, Accounts> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn note<R>(&self, change: impl FnOnce(&mut Accounts) -> R) {
-        change(&mut self.accounts());
-        self.0.1.notify_one();
-    }
-
-    /// Something has changed, or a while has passed.
-    pub(crate) async fn changed(&self) {
-        let _ = tokio::time::timeout(Duration::from_millis(200), self.0.1.notified()).await;
-    }
-}
-
-impl Accounts {
-    pub(crate) fn placed(&self) -> usize {
-        self.placed.len()
-    }
-
-    /// How much has happened in all; it grows while anything goes on.
-    pub(crate) fn steps(&self) -> usize {
-        self.placed.len() + self.shipped.len() + self.invoiced.len() + self.followed_up.len()
-    }
-
-    /// Orders that are placed and lack something, beside those that are `dead` for a service: what they lack.
-    pub(crate) fn open(&self, dead: &HashMap<&'static str, HashSet<String>>) -> Vec<(String, &'static str)> {
-        let done = [("logistics", &self.shipped), ("billing", &self.invoiced), ("crm", &self.followed_up)];
-        let mut open = Vec::new();
-        for (service, done) in done {
-            let dead = |order: &String| dead.get(service).is_some_and(|dead| dead.contains(order));
-            open.extend(
-                self.placed.iter().filter(|order| !done.contains(*order) && !dead(order)).map(|o| (o.clone(), service)),
-            );
-        }
-        open.sort();
-        open
-    }
-
-    pub(crate) fn summary(&self) -> String {
-        let (placed, shipped) = (self.placed.len(), self.shipped.len());
-        let (invoiced, followed_up) = (self.invoiced.len(), self.followed_up.len());
-        format!("{placed} orders placed: {shipped} shipped, {invoiced} invoiced, {followed_up} followed up")
-    }
-
-    /// How long customers waited for "thank you", sorted.
-    pub(crate) fn checkouts(&self) -> Vec<Duration> {
-        let mut checkouts = self.checkouts.clone();
-        checkouts.sort_unstable();
-        checkouts
-    }
-
-    /// Whether all of the input was placed, malformed lines excepted.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.refused == 0 && !self.input_broke_off
-    }
-}
-
-/// The shop's own subscriptions: it keeps account of what the others answer.
-pub(crate) fn accounting(ledger: Ledger) -> Service {
+/// The subscriber: what the others answer is entered in the ledger.
+pub(crate) fn service(ledger: &Ledger, journal: &Journal) -> Service {
     Service::new("shop")
-        .state(ledger)
-        .on(async |label: LabelPrinted, State(ledger): State<Ledger>| {
-            ledger.note(|accounts| accounts.shipped.insert(label.order_id));
+        .state(ledger.clone())
+        .state(journal.at("shop"))
+        .on(async |_: InvoiceCreated, State(ledger): State<Ledger>, message: Metadata, _: Noted| {
+            enter(&ledger, &message, Step::Invoiced);
         })
-        .on(async |invoice: InvoiceCreated, State(ledger): State<Ledger>| {
-            ledger.note(|accounts| accounts.invoiced.insert(invoice.order_id));
+        .on(async |_: LabelPrinted, State(ledger): State<Ledger>, message: Metadata, _: Noted| {
+            enter(&ledger, &message, Step::Shipped);
         })
-        .on(async |follow_up: FollowUpScheduled, State(ledger): State<Ledger>| {
-            ledger.note(|accounts| accounts.followed_up.insert(follow_up.order_id));
+        .on(async |_: FollowUpScheduled, State(ledger): State<Ledger>, message: Metadata, _: Noted| {
+            enter(&ledger, &message, Step::FollowedUp);
         })
 }
 
-/// Places all orders, many at a time, at most `rate` a second; the first `poison` of them in a currency that is none.
-pub(crate) async fn place_orders(
+fn enter(ledger: &Ledger, Metadata(message): &Metadata, step: Step) {
+    if let Some(order) = &message.correlation_id {
+        ledger.enter(order, step, Outcome::Done);
+    }
+}
+
+/// How the publishing went.
+#[derive(Default)]
+pub(crate) struct Placed {
+    /// How long each customer waited for the broker's confirmation.
+    pub(crate) delays: Vec<Duration>,
+    /// Why orders could not be placed.
+    pub(crate) refused: Vec<String>,
+    /// The input could not be read to its end.
+    pub(crate) broke_off: bool,
+}
+
+/// The publisher.
+pub(crate) struct Checkout {
     bus: Bus,
     ledger: Ledger,
-    orders: Box<dyn Iterator<Item = Result<Order, BadLine>> + Send>,
-    (poison, rate): (usize, Option<u32>),
-) {
-    let mut pace = rate.map(|rate| tokio::time::interval(Duration::from_secs(1) / rate));
-    let (mut checkouts, mut poisoned) = (JoinSet::new(), 0);
-    for order in orders {
-        let mut order = match order {
-            Ok(order) => order,
-            Err(bad) => {
-                eprintln!("{bad}");
-                ledger.note(|accounts| accounts.input_broke_off |= bad.is_last);
-                continue;
-            }
-        };
-        if poisoned < poison {
-            order.currency = "XXX".into();
-            poisoned += 1;
-        }
-        if let Some(pace) = &mut pace {
-            pace.tick().await;
-        }
-        if checkouts.len() == CHECKOUTS {
-            checkouts.join_next().await;
-        }
-        checkouts.spawn(check_out(bus.clone(), ledger.clone(), order));
-    }
-    checkouts.join_all().await;
+    lines: mpsc::Receiver<Result<Order, BadLine>>,
+    poison: usize,
+    rate: Option<Interval>,
+    open: JoinSet<tidings::Result<Duration>>,
+    placed: Placed,
 }
 
-/// The customer waits until the order is confirmed, and for nothing else.
-async fn check_out(bus: Bus, ledger: Ledger, order: Order) {
-    let (order_id, start) = (order.order_id.clone(), Instant::now());
-    match bus.publish(&OrderPlaced { order }).await {
-        Ok(_) => ledger.note(|accounts| {
-            accounts.checkouts.push(start.elapsed());
-            accounts.placed.insert(order_id);
-        }),
-        Err(error) => {
-            eprintln!("order {order_id} could not be placed: {error}");
-            ledger.note(|accounts| accounts.refused += 1);
+impl Checkout {
+    pub(crate) fn new(bus: Bus, ledger: Ledger, flags: &Flags) -> io::Result<Self> {
+        let (lines, rate) = (read(flags)?, flags.rate.map(every));
+        Ok(Self { bus, ledger, lines, rate, poison: flags.poison, open: JoinSet::new(), placed: Placed::default() })
+    }
+
+    /// Places all orders of the input; the first `poison` of them are poisoned.
+    pub(crate) async fn place_all(mut self) -> Result<Placed, BoxError> {
+        let mut poisoned = Vec::new();
+        while poisoned.len() < self.poison {
+            let there = poisoned.len();
+            let none = || format!("--poison {}: there are only {there} orders to poison", self.poison);
+            poisoned.push(next(&mut self.lines, &mut self.placed).await.ok_or_else(none)?);
+        }
+        for mut order in poisoned {
+            NOWHERE.clone_into(&mut order.customer.country);
+            self.place(order, true).await;
+        }
+        while let Some(order) = next(&mut self.lines, &mut self.placed).await {
+            self.place(order, false).await;
+        }
+        while let Some(confirmed) = self.open.join_next().await {
+            self.placed.count(confirmed?);
+        }
+        Ok(self.placed)
+    }
+
+    /// Lets one customer to the checkout, when there is room.
+    async fn place(&mut self, order: Order, is_poisoned: bool) {
+        if let Some(rate) = &mut self.rate {
+            rate.tick().await;
+        }
+        while self.open.len() >= CHECKOUTS {
+            if let Some(Ok(confirmed)) = self.open.join_next().await {
+                self.placed.count(confirmed);
+            }
+        }
+        self.open.spawn(place(self.bus.clone(), self.ledger.clone(), order, is_poisoned));
+    }
+}
+
+/// Publishes an order, and says how long that took.
+async fn place(bus: Bus, ledger: Ledger, order: Order, is_poisoned: bool) -> tidings::Result<Duration> {
+    // An id of our own, because the first answer may be here before the confirmation.
+    let id = MessageId::new(SystemTime::now());
+    ledger.open(id.clone(), order.order_id.clone(), is_poisoned);
+    let start = Instant::now();
+    let published = bus.publish_with(&OrderPlaced { order }, PublishOptions::default().with_id(id.clone())).await;
+    published.inspect_err(|_| ledger.strike(&id))?;
+    Ok(start.elapsed())
+}
+
+impl Placed {
+    fn count(&mut self, confirmed: tidings::Result<Duration>) {
+        match confirmed {
+            Ok(delay) => self.delays.push(delay),
+            Err(error) => self.refused.push(error.to_string()),
         }
     }
+}
+
+/// The next order; bad lines on the way to it are reported.
+async fn next(lines: &mut mpsc::Receiver<Result<Order, BadLine>>, placed: &mut Placed) -> Option<Order> {
+    loop {
+        match lines.recv().await? {
+            Ok(order) => return Some(order),
+            Err(bad) => {
+                placed.broke_off |= bad.is_last;
+                // The live progress may stand in this line.
+                let erase = if io::stdout().is_terminal() { "\r\x1b[K" } else { "" };
+                eprintln!("{erase}{}", text::clean(&bad.to_string()));
+            }
+        }
+    }
+}
+
+/// Reads the orders on a thread of its own, which may wait for standard input for ever.
+fn read(flags: &Flags) -> io::Result<mpsc::Receiver<Result<Order, BadLine>>> {
+    let orders = orders::open(&flags.orders.clone().unwrap_or_default())?;
+    let orders: Box<dyn Iterator<Item = _> + Send> = match flags.count {
+        Some(count) => Box::new(orders.exactly(count.get())),
+        None => Box::new(orders),
+    };
+    let (sender, lines) = mpsc::channel(CHECKOUTS);
+    std::thread::spawn(move || {
+        for order in orders {
+            if sender.blocking_send(order).is_err() {
+                break; // the shop has closed
+            }
+        }
+    });
+    Ok(lines)
+}
+
+fn every(rate: NonZeroU32) -> Interval {
+    tokio::time::interval(Duration::from_secs(1) / rate.get())
 }
