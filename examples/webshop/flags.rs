@@ -58,13 +58,6 @@ pub(crate) struct Flags {
     pub(crate) seed: u64,
 }
 
-impl Flags {
-    /// How many orders there will be, where that is known.
-    pub(crate) fn expected(&self) -> Option<u64> {
-        self.count.map(|count| count.get() as u64)
-    }
-}
-
 /// Reads `500ms`, `3s` or `2m`, up to a day.
 fn duration(text: &str) -> Result<Duration, String> {
     const DAY: Duration = Duration::from_secs(24 * 60 * 60);
