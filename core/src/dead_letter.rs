@@ -31,8 +31,7 @@ pub mod header {
     pub const REDRIVEN: &str = "tidings-redriven";
 
     /// What an event loses when it is redriven.
-    pub(crate) const OF_DEAD_LETTERS: [&str; 7] =
-        [ATTEMPTS, FIRST_FAILURE, REASON, ERROR, SUBSCRIPTION, ORIGIN, TIME];
+    pub(crate) const OF_DEAD_LETTERS: [&str; 7] = [ATTEMPTS, FIRST_FAILURE, REASON, ERROR, SUBSCRIPTION, ORIGIN, TIME];
 }
 
 /// Why a message was dead-lettered.
