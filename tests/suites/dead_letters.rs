@@ -2,22 +2,16 @@
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
-use async_trait::async_trait;
-use std::any::Any;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 use tidings::memory::MemoryConfig;
 use tidings::prelude::*;
-use tidings::transport::{
-    Capabilities, DeadLetter, DeadLetters, Destination, Fate, Health, Outgoing, Publisher, ReplaySpec, Subscription,
-    SubscriptionSpec, Topology, Transport,
-};
-use tidings::{BusConfig, Connect, DeadLetterBox, DeadLetterReason, Error, Message, Result, SubscriptionName};
-use tidings_core::{Clock, Events};
+use tidings::transport::{Destination, Topology};
+use tidings::{BusConfig, Connect, DeadLetterBox, DeadLetterReason, Message, SubscriptionName};
+use tidings_core::Clock;
+use tidings_tests::faulty::Faulty;
 use tidings_tests::{Order, Seen, Viewed, bus, eventually, order};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 const BILLING: &str = "billing.shop.order.placed";
 
@@ -192,7 +186,7 @@ async fn pages_and_filters_reach_all_of_many() {
 
 #[tokio::test(start_paused = true)]
 async fn redriving_ends_although_what_it_sends_dead_letters_again() {
-    let (bus, _faulty) = faulty().await;
+    let (bus, _faulty) = Faulty::bus(|_| {}).await;
     let (_running, runs, broken, letters) = with_letters(&bus, 200).await;
     broken.send_replace(true);
     let mut looked_at = 0;
@@ -210,7 +204,7 @@ async fn redriving_ends_although_what_it_sends_dead_letters_again() {
 
 #[tokio::test(start_paused = true)]
 async fn what_cannot_be_confirmed_stays_a_dead_letter() {
-    let (bus, faulty) = faulty().await;
+    let (bus, faulty) = Faulty::bus(|_| {}).await;
     let (_running, runs, _broken, letters) = with_letters(&bus, 3).await;
     faulty.refuses.store(true, SeqCst);
     let error = letters.redrive_all().await.unwrap_err();
@@ -293,105 +287,4 @@ async fn what_expires_unread_is_told_as_a_gap() {
         }
     };
     assert_eq!(gap, ("crm.shop.page.viewed".into(), Some(topic), 3, 3));
-}
-
-/// A transport that refuses what is sent to a subscription's address, or does not remove dead letters, on demand.
-struct Faulty {
-    inner: Arc<dyn Transport>,
-    refuses: Arc<AtomicBool>,
-    keeps: Arc<AtomicBool>,
-}
-
-async fn faulty() -> (Bus, Arc<Faulty>) {
-    let (inner, config) = MemoryConfig::default().connect().await.unwrap();
-    let faulty = Arc::new(Faulty { inner, refuses: Arc::default(), keeps: Arc::default() });
-    (Bus::new(Arc::clone(&faulty) as Arc<dyn Transport>, config).unwrap(), faulty)
-}
-
-struct FaultyPublisher(Arc<dyn Publisher>, Arc<AtomicBool>);
-
-struct FaultyLetters(Arc<dyn DeadLetters>, Arc<AtomicBool>);
-
-impl Publisher for FaultyPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
-        let refuses = self.1.load(SeqCst);
-        self.0.submit(&mut batch.filter_map(|out| match out.destination {
-            Destination::Subscription(_) if refuses => {
-                out.receipt.fail(Fate::NotPersisted, Error::new(ErrorKind::Refused, "not today"));
-                None
-            }
-            _ => Some(out),
-        }));
-    }
-}
-
-#[async_trait]
-impl DeadLetters for FaultyLetters {
-    async fn count(&self) -> Result<u64> {
-        self.0.count().await
-    }
-
-    async fn last(&self) -> Result<Option<u64>> {
-        self.0.last().await
-    }
-
-    async fn page(&self, after: Option<u64>, max: usize) -> Result<Vec<DeadLetter>> {
-        self.0.page(after, max).await
-    }
-
-    async fn remove(&self, positions: &[u64]) -> Result<u64> {
-        if self.1.load(SeqCst) {
-            return Err(Error::new(ErrorKind::Connection, "cut"));
-        }
-        // Time for the service to handle, and to dead-letter again, what was just sent back.
-        tokio::time::sleep(Duration::from_millis(1)).await;
-        self.0.remove(positions).await
-    }
-}
-
-#[async_trait]
-impl Transport for Faulty {
-    fn name(&self) -> &'static str {
-        self.inner.name()
-    }
-
-    fn capabilities(&self) -> &Capabilities {
-        self.inner.capabilities()
-    }
-
-    async fn provision(&self, topology: &Topology) -> Result<()> {
-        self.inner.provision(topology).await
-    }
-
-    fn publisher(&self) -> Arc<dyn Publisher> {
-        Arc::new(FaultyPublisher(self.inner.publisher(), Arc::clone(&self.refuses)))
-    }
-
-    async fn subscribe(&self, spec: SubscriptionSpec) -> Result<Box<dyn Subscription>> {
-        self.inner.subscribe(spec).await
-    }
-
-    async fn replay(&self, spec: ReplaySpec) -> Result<Box<dyn Subscription>> {
-        self.inner.replay(spec).await
-    }
-
-    async fn dead_letters(&self, subscription: &SubscriptionName) -> Result<Arc<dyn DeadLetters>> {
-        Ok(Arc::new(FaultyLetters(self.inner.dead_letters(subscription).await?, Arc::clone(&self.keeps))))
-    }
-
-    fn health(&self) -> Health {
-        self.inner.health()
-    }
-
-    fn events(&self) -> &Events {
-        self.inner.events()
-    }
-
-    async fn close(&self, deadline: Instant) -> Result<()> {
-        self.inner.close(deadline).await
-    }
-
-    fn native(&self) -> &(dyn Any + Send + Sync) {
-        self.inner.native()
-    }
 }

@@ -5,6 +5,7 @@
 use std::time::{Duration, SystemTime};
 use tidings::prelude::*;
 use tidings::{DeadLetterReason, RetryMode};
+use tidings_tests::faulty::Faulty;
 use tidings_tests::{Invoice, Order, Seen, Viewed, bus, eventually, order};
 
 /// What a handler was told: number, attempt, possible duplicate, replayed, position.
@@ -170,4 +171,11 @@ async fn a_service_that_is_no_replay_does_not_finish() {
     assert!(tokio::time::timeout(Duration::from_secs(60), running.finished()).await.is_err());
     bus.close(Duration::from_secs(1)).await.unwrap();
     assert_eq!(running.finished().await.unwrap_err().kind(), ErrorKind::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transport_that_cannot_replay_refuses_with_the_way_out() {
+    let (bus, _) = Faulty::bus(|can| can.replay = false).await;
+    let error = billing(&Runs::default()).replay(&bus, ReplayFrom::Beginning).await.unwrap_err();
+    assert_eq!((error.kind(), error.transport()), (ErrorKind::Unsupported, Some("memory")));
 }
