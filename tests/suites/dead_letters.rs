@@ -109,9 +109,11 @@ async fn two_subscriptions_dead_letter_the_same_event_and_redrive_it_apart() {
     billing.redrive(letter.position).await.unwrap();
     assert_eq!(runs.count(2).await, [(1, 1, false), (1, 1, true)], "attempts anew, and marked");
     assert_eq!((billing.count().await.unwrap(), crm.count().await.unwrap()), (0, 1));
+    // What was published later, with the same key, shows that nothing else came before it.
+    bus.publish(&order("ada", 2)).await.unwrap();
+    assert_eq!(others.count(2).await, [(1, 1, false), (2, 1, false)], "the other subscription saw nothing of it");
     assert_eq!(crm.redrive_all().await.unwrap(), 1);
-    others.count(2).await;
-    assert_eq!(runs.all().len(), 2, "the other subscription saw nothing of it");
+    assert_eq!(others.count(3).await[2], (1, 1, true));
     let gone = billing.redrive(letter.position).await.unwrap_err();
     assert_eq!(gone.kind(), ErrorKind::NotFound);
     assert_eq!(billing.show(letter.position).await.unwrap_err().kind(), ErrorKind::NotFound);
@@ -226,10 +228,11 @@ async fn what_cannot_be_confirmed_stays_a_dead_letter() {
 
 #[tokio::test(start_paused = true)]
 async fn a_full_broker_does_not_keep_dead_letters_from_being_redriven() {
-    let bus = Bus::connect(MemoryConfig { capacity: 4_000, ..MemoryConfig::default() }).await.unwrap();
-    let (_running, runs, _broken, letters) = with_letters(&bus, 5).await;
-    assert_eq!(letters.redrive_all().await.unwrap(), 5);
-    runs.count(10).await;
+    let bus = Bus::connect(MemoryConfig { capacity: 1_000, ..MemoryConfig::default() }).await.unwrap();
+    let (_running, runs, _broken, letters) = with_letters(&bus, 1).await;
+    // With its reason, the dead letter leaves less room than the event needs.
+    assert_eq!(letters.redrive_all().await.unwrap(), 1);
+    runs.count(2).await;
 }
 
 #[tokio::test(start_paused = true)]
