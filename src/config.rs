@@ -33,6 +33,8 @@ const TRANSPORTS: [&str; 4] = ["memory", "nats", "rabbitmq", "kafka"];
 /// slots = 4                 # spread its keys over four slots, which instances share
 /// ```
 ///
+/// Buses connected by it within one process share a memory broker, `default` unless it has a name.
+///
 /// A variable names the same by its path: `TIDINGS_NAMESPACE`, `TIDINGS_BUS__MAX_PAYLOAD`, `TIDINGS_MEMORY__NAME`.
 ///
 /// # Examples
@@ -175,6 +177,7 @@ impl Config {
     }
 
     /// The section of the selected transport, strictly.
+    #[cfg(feature = "memory")]
     pub(crate) fn section<T: DeserializeOwned + Default>(&self, name: &'static str) -> Result<T> {
         let section = self.sections.get(name).cloned();
         section.map_or_else(

@@ -66,6 +66,10 @@ impl Config {
                 if let Some(url) = &self.url {
                     config = MemoryConfig::from_url(url)?;
                 }
+                if config.name.is_empty() {
+                    // Buses of one configuration meet, as on any broker.
+                    config.name = "default".into();
+                }
                 if let Some(namespace) = &self.namespace {
                     config.namespace.clone_from(namespace);
                 }

@@ -37,7 +37,7 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub(crate) flaky: f64,
 
-    /// Poison this many of the orders, so that no retry helps
+    /// Poison this many of the orders: Billing can never invoice them, whatever is retried
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) poison: usize,
 

@@ -1,70 +1,97 @@
-//! A webshop on events. For now: the parts that know nothing of events, one after another.
+//! A webshop on events: `cargo run --example webshop -- --help`.
+//!
+//! `events.rs` says what the services tell each other; `logistics.rs`, `billing.rs`, `crm.rs` and `analytics.rs` are the
+//! services, `shop.rs` publishes the orders and follows them. The rest is scenery: reading orders, drawing invoices and
+//! labels, and watching that nothing is lost.
 
+mod analytics;
+mod billing;
+mod crew;
+mod crm;
+mod events;
 mod flags;
 mod invoice;
+mod journal;
 mod label;
+mod ledger;
+mod logistics;
 mod orders;
 mod pdf;
 mod report;
+mod shop;
 mod text;
+mod watch;
 
-use std::error::Error;
-use std::fs;
-use std::io::{self, IsTerminal};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
 
 use clap::Parser;
+use tidings::BoxError;
+use tidings::prelude::*;
 
-use flags::Flags;
-use orders::Order;
-use report::{Delays, Hop, Progress, ServiceRow, Standing, Trouble};
+use crate::analytics::Totals;
+use crate::billing::Archive;
+use crate::crew::Crew;
+use crate::flags::Flags;
+use crate::journal::Journal;
+use crate::ledger::Ledger;
+use crate::logistics::Carrier;
+use crate::shop::Checkout;
+use crate::watch::Watch;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let flags = Flags::parse();
-    println!("{flags:?}");
-    let orders = orders::open(&flags.orders.clone().unwrap_or_default())?;
-    let orders: Box<dyn Iterator<Item = _>> = match flags.count {
-        Some(count) => Box::new(orders.exactly(count.get())),
-        None => Box::new(orders),
+#[tokio::main]
+async fn main() -> ExitCode {
+    match webshop(Flags::parse()).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            let causes = std::iter::successors(error.source(), |error| error.source());
+            let causes: String = causes.map(|cause| format!(": {cause}")).collect();
+            eprintln!("webshop: {error}{causes}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs it; `true` if every order ended as it should.
+async fn webshop(flags: Flags) -> Result<bool, BoxError> {
+    if let Some(directory) = &flags.out {
+        std::fs::create_dir_all(directory)?;
+    }
+    let (ledger, journal, totals) = (Ledger::default(), Journal::default(), Totals::default());
+    let carrier = Carrier { flaky: flags.flaky, seed: flags.seed };
+    let billing = billing::service(Archive(flags.out.clone()), &journal);
+
+    let mut crew = Crew::new(broker(&flags)?);
+    let shop = crew.start("shop", shop::service(&ledger, &journal)).await?;
+    crew.start("logistics", logistics::service(carrier, &journal)).await?;
+    crew.prepare("billing", &billing).await?; // it starts after its outage: orders wait in the broker
+    crew.start("crm", crm::service(&journal)).await?;
+    if flags.with_analytics {
+        crew.start("analytics", analytics::service(&totals, &journal)).await?;
+    }
+
+    let checkout = Checkout::new(shop, ledger.clone(), &flags)?;
+    let watch = Watch {
+        crew,
+        ledger,
+        journal,
+        expected: flags.count.map(|count| count.get() as u64),
+        poison: flags.poison as u64,
+        outage: flags.billing_outage,
+        billing: Some(billing),
+        letters: Vec::new(),
     };
-    let (start, mut progress) = (Instant::now(), Progress::new(io::stdout().is_terminal()));
-    let (mut standing, mut delays) = (Standing::default(), Vec::new());
-    for order in orders {
-        match order {
-            Ok(order) => delays.push(handle(&flags, &order)?),
-            Err(bad) => eprintln!("{bad} (last: {})", bad.is_last),
-        }
-        standing.placed += 1;
-        if let Some(shown) = progress.show(start.elapsed(), &standing) {
-            print!("{shown}");
-        }
+    let is_good = watch.run(checkout).await?;
+    if flags.with_analytics {
+        print!("\n{}", totals.show(5));
     }
-    print!("{}", progress.finish(start.elapsed(), &standing));
-    show(standing.placed, delays);
-    Ok(())
+    Ok(is_good)
 }
 
-fn handle(flags: &Flags, order: &Order) -> Result<Duration, Box<dyn Error>> {
-    let start = Instant::now();
-    let pdf = invoice::render(order);
-    if let Some(out) = &flags.out {
-        fs::create_dir_all(out)?;
-        fs::write(out.join(invoice::file_name(&order.order_id)), pdf)?;
+/// Which broker: the only place that knows, and it only reads it.
+fn broker(flags: &Flags) -> tidings::Result<Config> {
+    match (&flags.config, &flags.url) {
+        (Some(file), _) => Config::from_file(file),
+        (None, url) => Config::from_url(url.as_deref().unwrap_or("memory://webshop")),
     }
-    let label = label::print(order);
-    if order.customer.country == "JP" {
-        println!("\n{} {} {}\n{}", label.carrier, label.tracking_number, invoice::total_cents(order), label.text);
-    }
-    Ok(start.elapsed())
-}
-
-fn show(count: u64, delays: Vec<Duration>) {
-    let (event, service) = ("shop.order.placed".to_owned(), "Billing".to_owned());
-    println!(
-        "{}",
-        report::service_table(&[ServiceRow { service: service.clone(), handled: count, ..ServiceRow::default() }])
-    );
-    println!("{}", report::delay_table(&[Delays { event: event.clone(), delays }]));
-    let hop = Hop { event: event.clone(), from: "Shop".to_owned(), to: service.clone(), count };
-    println!("{}", report::sequence_diagram(&[hop], &[Trouble { event, service, retries: 5, dead_letters: 1 }]));
 }

@@ -20,6 +20,9 @@ const MAX_TOTAL_CENTS: i64 = 1_000_000_000 * 100;
 /// How many orders are kept to repeat them when more are asked for than the input has.
 const KEPT_FOR_REPEATS: usize = 10_000;
 
+/// A country that no country has: ISO 3166-1 leaves `ZZ` to its users.
+pub(crate) const NOWHERE: &str = "ZZ";
+
 /// The sample that ships with the example.
 const SAMPLE: &[u8] = include_bytes!("orders.jsonl");
 

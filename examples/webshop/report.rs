@@ -195,7 +195,7 @@ fn escaped(text: &str) -> String {
 }
 
 /// Where the run stands.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Standing {
     pub(crate) placed: u64,
     /// How many orders there will be, if that is known.

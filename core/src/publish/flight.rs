@@ -84,7 +84,7 @@ pub(crate) struct Flight {
     /// Each answer gives one permit of the window back.
     window: Arc<Semaphore>,
     /// The keys of these messages stay closed until all have been answered, even if nobody waits any more.
-    _passes: Option<Arc<Vec<Pass>>>,
+    passes: Option<Arc<Vec<Pass>>>,
 }
 
 struct State {
@@ -104,7 +104,22 @@ impl Flight {
         debug_assert!((1..=Self::MAX).contains(&count));
         let unanswered = u64::MAX >> (Self::MAX - count);
         let state = State { unanswered, abandoned: false, failures: Vec::new(), waker: None };
-        Arc::new(Self { state: Mutex::new(state), window, _passes: passes })
+        Arc::new(Self { state: Mutex::new(state), window, passes })
+    }
+
+    /// As [`new`](Self::new), in the place of a flight that has landed, if nobody holds on to that any more.
+    pub(crate) fn take_off(
+        landed: Option<Arc<Self>>,
+        count: usize,
+        window: Arc<Semaphore>,
+        passes: Option<Arc<Vec<Pass>>>,
+    ) -> Arc<Self> {
+        let Some(mut flight) = landed else { return Self::new(count, window, passes) };
+        let Some(this) = Arc::get_mut(&mut flight) else { return Self::new(count, window, passes) };
+        this.state.get_mut().unanswered = u64::MAX >> (Self::MAX - count);
+        this.window = window;
+        this.passes = passes;
+        flight
     }
 
     pub(crate) fn receipt(self: &Arc<Self>, index: u32) -> Receipt {

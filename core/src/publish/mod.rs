@@ -9,6 +9,7 @@ use crate::{Backoff, Error, ErrorKind, Message, header};
 use flight::Flight;
 use gate::{Gate, Pass};
 use linger::Linger;
+use parking_lot::Mutex;
 use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -18,6 +19,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 /// Between repeats of a publish.
 const REPEATS: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+
+/// How many flights are kept to be used again.
+const LANDED: usize = 64;
 
 /// A message to be published.
 #[derive(Clone, Debug)]
@@ -47,6 +51,8 @@ pub(crate) struct Sender {
     owed_window: Arc<Semaphore>,
     /// The most messages in one flight: a quarter of the window, so that one part is on its way while another is confirmed.
     part: usize,
+    /// Flights that have landed, to be used again: publishing one message after another allocates none.
+    landed: Mutex<Vec<Arc<Flight>>>,
     /// Only where the transport cannot repeat in order by itself.
     gate: Option<Arc<Gate>>,
     /// Only if what is published is to wait for more.
@@ -61,6 +67,7 @@ impl Sender {
             linger,
             window: Arc::new(Semaphore::new(window)),
             owed_window: Arc::new(Semaphore::new(window)),
+            landed: Mutex::default(),
             part: (window / 4).clamp(1, Flight::MAX),
             gate: (!ordered_repeats).then(Arc::default),
         }
@@ -110,7 +117,7 @@ impl Sender {
     /// Hands all posts over, as the window allows, and waits for the answers.
     async fn send_once(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Failures {
         if posts.len() <= self.part {
-            return self.submit(posts, terms, passes).await.answers(posts, terms.deadline).await;
+            return self.submit(posts, terms, passes).await.answers(posts, terms.deadline, &self.landed).await;
         }
         let mut flights = Vec::with_capacity(posts.len() / self.part + 1);
         for part in posts.chunks(self.part) {
@@ -118,7 +125,7 @@ impl Sender {
         }
         let mut failures = Vec::new();
         for (n, (part, flight)) in flights.into_iter().enumerate() {
-            let failed = flight.answers(part, terms.deadline).await;
+            let failed = flight.answers(part, terms.deadline, &self.landed).await;
             failures.extend(failed.into_iter().map(|(index, failure)| (n * self.part + index, failure)));
         }
         failures
@@ -135,7 +142,8 @@ impl Sender {
         if posts.is_empty() {
             return Submitted(None);
         }
-        let flight = Flight::new(posts.len(), Arc::clone(window), passes.cloned());
+        let landed = self.landed.lock().pop();
+        let flight = Flight::take_off(landed, posts.len(), Arc::clone(window), passes.cloned());
         if let Some(linger) = self.linger.as_ref().filter(|_| !terms.owed) {
             linger.add(posts.iter().zip(0..).map(|(post, index)| (post.clone(), flight.receipt(index))));
             return Submitted(Some(flight));
@@ -155,11 +163,14 @@ impl Sender {
 struct Submitted(Option<Arc<Flight>>);
 
 impl Submitted {
-    async fn answers(self, posts: &[Post], deadline: Instant) -> Failures {
+    async fn answers(mut self, posts: &[Post], deadline: Instant, landed: &Mutex<Vec<Arc<Flight>>>) -> Failures {
         let Some(flight) = &self.0 else {
             return posts.iter().map(|post| too_late(post, Fate::NotPersisted)).enumerate().collect();
         };
         if let Ok(failures) = timeout_at(deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+            let mut landed = landed.lock();
+            let room = landed.len() < LANDED;
+            landed.extend(self.0.take().filter(|_| room));
             return failures;
         }
         let (mut failures, unanswered) = flight.abandon();

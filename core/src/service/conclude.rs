@@ -136,11 +136,14 @@ impl Worker {
         let bus = &subscribed.scope.bus;
         let now = bus.clock().now();
         link(&mut self.outputs.messages, &job.delivery.message, others, subscribed.name.as_str());
-        let posts =
-            self.outputs.messages.drain(..).map(|message| bus.post(message, None, now)).collect::<Result<Vec<_>>>();
-        let sent = match posts {
+        self.posts.clear();
+        let mut checked = Ok(());
+        for message in self.outputs.messages.drain(..) {
+            checked = checked.and_then(|()| bus.post(message, None, now).map(|post| self.posts.push(post)));
+        }
+        let sent = match checked {
             Err(error) => Err(error),
-            Ok(posts) => self.owe(posts, false).await,
+            Ok(()) => self.owe(&self.posts, false).await,
         };
         let refused = |error| format!("what the handler returned was refused: {}", one_line(&error));
         let count = sent.map_err(|error| Failure::rejected(clean_line(&refused(error), 1024)))?;
@@ -201,7 +204,7 @@ impl Worker {
         let mut message = job.delivery.message.clone();
         job.failures.write(&mut message);
         let destination = Destination::Subscription(self.subscribed.name.clone());
-        match self.owe(vec![Post { destination, message, delay: Some(delay) }], false).await {
+        match self.owe(&[Post { destination, message, delay: Some(delay) }], false).await {
             Ok(_) => {
                 self.tell_retry(&job, delay, failure);
                 self.subscribed.ack_replaced(job, false);
@@ -225,7 +228,7 @@ impl Worker {
             message.headers.set(header::REPLAYED, "true");
         }
         let post = Post { destination: Destination::DeadLetter(subscribed.name.clone()), message, delay: None };
-        if self.owe(vec![post], true).await.is_ok() {
+        if self.owe(&[post], true).await.is_ok() {
             subscribed.counters.dead_lettered.fetch_add(1, Relaxed);
             let (subscription, id) = (subscribed.name.clone(), job.delivery.message.id.clone());
             let error = failure.error.as_str().into();
@@ -237,25 +240,27 @@ impl Worker {
 
     /// Publishes what settles a delivery again and again until all of it is confirmed, and says how many that were.
     /// A refusal that is final ends it, unless it is `stubborn`.
-    async fn owe(&self, mut posts: Vec<Post>, stubborn: bool) -> Result<u64> {
+    async fn owe(&self, posts: &[Post], stubborn: bool) -> Result<u64> {
         let bus = &self.subscribed.scope.bus;
-        let count = posts.len() as u64;
+        let mut failures = bus.send(posts, bus.terms(true)).await;
+        let mut rest: Vec<Post> = Vec::new();
         for round in 1.. {
-            let failures = bus.send(&posts, bus.terms(true)).await;
             let Some((_, first)) = failures.first() else { break };
             let error = one_line(&first.error).into();
             bus.tell().tell(BusEvent::PublishStalled { subscription: self.subscribed.name.clone(), error });
-            let mut indices = Vec::with_capacity(failures.len());
+            let open = if rest.is_empty() { posts } else { &rest };
+            let mut again = Vec::with_capacity(failures.len());
             for (index, failure) in failures {
                 if !failure.error.is_transient() && !stubborn {
                     return Err(failure.error);
                 }
-                indices.push(index);
+                again.push(open[index].clone());
             }
-            posts = indices.into_iter().map(|index| posts[index].clone()).collect();
+            rest = again;
             tokio::time::sleep(STALLED.delay(round)).await;
+            failures = bus.send(&rest, bus.terms(true)).await;
         }
-        Ok(count)
+        Ok(posts.len() as u64)
     }
 
     fn tell_retry(&self, job: &Job, delay: Duration, failure: Failure) {

@@ -4,6 +4,7 @@ use super::Subscribed;
 use super::conclude::Failure;
 use super::lanes::Job;
 use crate::handler::{Context, IntoOutcome, Next, Outcome, Outputs, Request};
+use crate::publish::Post;
 use crate::transport::Lease;
 use crate::{Error, ErrorKind, HandlerError, Key, Message, Result, Topic};
 use futures_util::FutureExt;
@@ -20,6 +21,8 @@ pub(crate) struct Worker {
     pub(super) subscribed: Arc<Subscribed>,
     route: usize,
     pub(super) outputs: Outputs,
+    /// What the outputs are sent as, kept for its room.
+    pub(super) posts: Vec<Post>,
 }
 
 /// What one call of the handler works on: one job, or for a batch at least one.
@@ -32,7 +35,7 @@ impl Worker {
     pub(crate) fn new(subscribed: Arc<Subscribed>, route: usize) -> Self {
         let bus = &subscribed.scope.bus;
         let outputs = Outputs::new(subscribed.source.clone(), bus.content_type().clone());
-        Self { subscribed, route, outputs }
+        Self { subscribed, route, outputs, posts: Vec::new() }
     }
 
     /// The next run; `None` when the service stops.

@@ -1,0 +1,144 @@
+//! The services of this run, each on a bus of its own, as if each were a program of its own.
+
+use std::time::Duration;
+
+use tidings::prelude::*;
+use tidings::transport::DeadLetter;
+use tidings::{Result, Running, Stats, SubscriptionName};
+
+use crate::journal::display;
+use crate::report::{ServiceRow, Trouble};
+
+/// How long handlers may finish, and connections flush, at the end.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A service and its connection.
+pub(crate) struct Desk {
+    pub(crate) name: &'static str,
+    pub(crate) bus: Bus,
+    running: Option<Running>,
+}
+
+impl Desk {
+    async fn connect(config: &Config, name: &'static str) -> Result<Self> {
+        let bus = Bus::connect(config.clone().with_source(format!("/{name}"))).await?;
+        Ok(Self { name, bus, running: None })
+    }
+
+    pub(crate) async fn start(&mut self, service: Service) -> Result<()> {
+        self.running = Some(service.start(&self.bus).await?);
+        Ok(())
+    }
+
+    /// Its subscriptions, by the topic they read, and what they have done.
+    fn stats(&self) -> impl Iterator<Item = (&str, Stats)> {
+        let stats = self.running.iter().flat_map(Running::stats);
+        stats.map(|(name, stats)| (name.get(self.name.len() + 1..).unwrap_or(name), stats))
+    }
+
+    fn sum(&self, number: fn(&Stats) -> u64) -> u64 {
+        self.stats().map(|(_, stats)| number(&stats)).sum()
+    }
+
+    async fn dead_letters(&self) -> Result<Vec<DeadLetter>> {
+        const PAGE: usize = 1_000;
+        let mut letters: Vec<DeadLetter> = Vec::new();
+        for (topic, _) in self.stats() {
+            let name = SubscriptionName::new(format!("{}.{topic}", self.name))?;
+            let here = self.bus.transport().dead_letters(&name).await?;
+            let mut after = None;
+            loop {
+                let page = here.page(after, PAGE).await?;
+                let Some(last) = page.last() else { break };
+                after = Some(last.position);
+                letters.extend(page);
+            }
+        }
+        Ok(letters)
+    }
+}
+
+/// All services.
+pub(crate) struct Crew {
+    config: Config,
+    desks: Vec<Desk>,
+}
+
+impl Crew {
+    pub(crate) fn new(config: Config) -> Self {
+        Self { config, desks: Vec::new() }
+    }
+
+    /// Connects a service and starts it.
+    pub(crate) async fn start(&mut self, name: &'static str, service: Service) -> Result<Bus> {
+        let mut desk = Desk::connect(&self.config, name).await?;
+        desk.start(service).await?;
+        let bus = desk.bus.clone();
+        self.desks.push(desk);
+        Ok(bus)
+    }
+
+    /// Connects a service that is to start later; from now on the broker keeps events for it.
+    pub(crate) async fn prepare(&mut self, name: &'static str, service: &Service) -> Result<()> {
+        let desk = Desk::connect(&self.config, name).await?;
+        service.provision(&desk.bus).await?;
+        self.desks.push(desk);
+        Ok(())
+    }
+
+    /// Starts a service that was prepared.
+    pub(crate) async fn start_prepared(&mut self, name: &str, service: Service) -> Result<()> {
+        match self.desks.iter_mut().find(|desk| desk.name == name) {
+            Some(desk) => desk.start(service).await,
+            None => Ok(()),
+        }
+    }
+
+    /// What each service did, after `placed` orders.
+    pub(crate) fn rows(&self, placed: u64) -> Vec<ServiceRow> {
+        let answers = self.desks.iter().map(|desk| desk.sum(|stats| stats.published)).sum();
+        let row = |desk: &Desk| {
+            let (published, sent) =
+                if desk.name == "shop" { (placed, answers) } else { (desk.sum(|stats| stats.published), placed) };
+            let (handled, dead_lettered) = (desk.sum(|stats| stats.handled), desk.sum(|stats| stats.dead_lettered));
+            let in_flight = desk.sum(|stats| stats.in_flight as u64);
+            let waiting = sent.saturating_sub(handled + dead_lettered).max(in_flight);
+            let retried = desk.sum(|stats| stats.retried);
+            ServiceRow { service: display(desk.name), published, handled, retried, dead_lettered, waiting }
+        };
+        self.desks.iter().map(row).collect()
+    }
+
+    /// What went wrong, by service and event type, which here is the topic.
+    pub(crate) fn troubles(&self) -> Vec<Trouble> {
+        let troubles = self.desks.iter().flat_map(|desk| {
+            desk.stats().map(|(topic, stats)| Trouble {
+                event: topic.to_owned(),
+                service: display(desk.name),
+                retries: stats.retried,
+                dead_letters: stats.dead_lettered,
+            })
+        });
+        troubles.collect()
+    }
+
+    /// All dead letters, with the service that could not handle them, read back from the broker.
+    pub(crate) async fn dead_letters(&self) -> Result<Vec<(&'static str, DeadLetter)>> {
+        let mut letters = Vec::new();
+        for desk in &self.desks {
+            letters.extend(desk.dead_letters().await?.into_iter().map(|letter| (desk.name, letter)));
+        }
+        Ok(letters)
+    }
+
+    /// Lets everyone finish what runs, then disconnects.
+    pub(crate) async fn go_home(self) -> Result<()> {
+        for desk in self.desks {
+            if let Some(running) = desk.running {
+                running.drain(DEADLINE).await;
+            }
+            desk.bus.close(DEADLINE).await?;
+        }
+        Ok(())
+    }
+}
