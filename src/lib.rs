@@ -6,10 +6,10 @@ mod connect;
 pub use config::Config;
 pub use tidings_codecs as codecs;
 pub use tidings_core::{
-    Backoff, Batch, BoxError, Bus, BusConfig, BusEvent, Connect, DeadLetterReason, Drained, Error, ErrorKind, Event,
-    EventStream, HandlerError, Headers, Key, Message, MessageId, OutagePolicy, PublishErrors, PublishOptions,
-    RawMessage, Result, RetryMode, RetryPolicy, Running, Service, Stats, SubscriptionConfig, SubscriptionName, Text,
-    ToKey, Topic, TopicPattern, Unrouted, handler, header, transport,
+    Backoff, Batch, BoxError, Bus, BusConfig, BusEvent, Connect, DeadLetterBox, DeadLetterInfo, DeadLetterReason,
+    Drained, Error, ErrorKind, Event, EventStream, HandlerError, Headers, Key, Message, MessageId, OutagePolicy,
+    PublishErrors, PublishOptions, RawMessage, Result, RetryMode, RetryPolicy, Running, Service, Stats,
+    SubscriptionConfig, SubscriptionName, Text, ToKey, Topic, TopicPattern, Unrouted, handler, header, transport,
 };
 #[cfg(feature = "macros")]
 pub use tidings_macros::Event;
@@ -19,7 +19,7 @@ pub use tidings_memory as memory;
 /// What a service needs, in one import.
 pub mod prelude {
     pub use crate::handler::{Attempt, Delivered, Lease, Metadata, State};
-    pub use crate::transport::{Ordering, Start};
+    pub use crate::transport::{Ordering, ReplayFrom, Start};
     pub use crate::{
         Batch, Bus, Config, ErrorKind, Event, HandlerError, Headers, PublishOptions, RawMessage, RetryPolicy, Service,
         SubscriptionConfig,

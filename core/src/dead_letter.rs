@@ -24,6 +24,14 @@ pub mod header {
     pub const ORIGIN: &str = "tidings-dead-origin";
     /// When it was dead-lettered, as RFC 3339.
     pub const TIME: &str = "tidings-dead-time";
+    /// On what was dead-lettered by a replay, and stays on it when it is redriven.
+    pub const REPLAYED: &str = "tidings-replayed";
+    /// On a dead letter that was sent back to its subscription: when that was last done, as RFC 3339. It may be a
+    /// duplicate. A broker that drops what has an id twice must count two values of this as two messages.
+    pub const REDRIVEN: &str = "tidings-redriven";
+
+    /// What an event loses when it is redriven.
+    pub(crate) const OF_DEAD_LETTERS: [&str; 7] = [ATTEMPTS, FIRST_FAILURE, REASON, ERROR, SUBSCRIPTION, ORIGIN, TIME];
 }
 
 /// Why a message was dead-lettered.
@@ -47,6 +55,22 @@ pub enum DeadLetterReason {
 }
 
 impl DeadLetterReason {
+    const ALL: [Self; 7] = [
+        Self::Exhausted,
+        Self::Rejected,
+        Self::Undecodable,
+        Self::NewerVersion,
+        Self::TooLarge,
+        Self::Suspect,
+        Self::Unrouted,
+    ];
+
+    /// The reason that is written so in the header [`header::REASON`], if this version of the SDK knows it.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == name)
+    }
+
     /// The reason as it stands in the header [`header::REASON`].
     #[must_use]
     pub const fn as_str(self) -> &'static str {

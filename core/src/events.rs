@@ -78,6 +78,10 @@ pub enum BusEvent {
         topic: Option<Topic>,
         /// How many at the most.
         missed_at_most: u64,
+        /// The first position missed.
+        from: u64,
+        /// The first position after the gap.
+        to: u64,
     },
     /// An instance of a subscription became active or went on stand-by.
     Role {

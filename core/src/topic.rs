@@ -113,6 +113,26 @@ impl TopicPattern {
     }
 }
 
+impl TryFrom<&str> for SubscriptionName {
+    type Error = Error;
+    fn try_from(name: &str) -> Result<Self> {
+        Self::new(name)
+    }
+}
+
+impl TryFrom<String> for SubscriptionName {
+    type Error = Error;
+    fn try_from(name: String) -> Result<Self> {
+        Self::new(name)
+    }
+}
+
+impl From<&Self> for SubscriptionName {
+    fn from(name: &Self) -> Self {
+        name.clone()
+    }
+}
+
 impl From<Topic> for TopicPattern {
     fn from(topic: Topic) -> Self {
         Self(topic.0)

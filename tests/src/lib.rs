@@ -1,5 +1,7 @@
 //! What the suites share: events, buses of their own, and waiting for a thing with a deadline.
 
+pub mod faulty;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;

@@ -10,7 +10,7 @@ use crate::publish::Post;
 use crate::transport::{Destination, Lease};
 use crate::{
     Backoff, BusEvent, DeadLetterReason, Error, ErrorKind, HandlerError, Message, MessageId, Result, RetryMode,
-    RetryPolicy,
+    RetryPolicy, header,
 };
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
@@ -224,6 +224,9 @@ impl Worker {
         let now = subscribed.scope.bus.clock().now();
         let (subscription, error, failures) = (&subscribed.name, failure.error.as_str(), &job.failures);
         Burial { subscription, reason, error, failures, now }.write(&mut message);
+        if job.delivery.replayed {
+            message.headers.set(header::REPLAYED, "true");
+        }
         let post = Post { destination: Destination::DeadLetter(subscribed.name.clone()), message, delay: None };
         if self.owe(&[post], true).await.is_ok() {
             subscribed.counters.dead_lettered.fetch_add(1, Relaxed);

@@ -148,7 +148,7 @@ impl Lanes {
         let id = vacant.key();
         let failures = Failures::of(message);
         let seen = self.recent.was_here(message, failures.attempts);
-        let published_again = message.headers.get(header::REPEAT).is_some();
+        let published_again = [header::REPEAT, header::REDRIVEN].iter().any(|name| message.headers.get(name).is_some());
         let possible_duplicate = seen || published_again || delivery.redelivered || delivery.replayed;
         let job = Some(Job { id, delivery, failures, held: Duration::ZERO, possible_duplicate, alone: false });
         let state = State::Waiting;

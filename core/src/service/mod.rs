@@ -6,6 +6,7 @@ pub(crate) mod lanes;
 mod outage;
 mod pump;
 mod recent;
+mod replay;
 mod running;
 pub(crate) mod worker;
 
@@ -273,6 +274,8 @@ pub(crate) struct Subscribed {
     config: SubscriptionConfig,
     retry_mode: RetryMode,
     keeps_order: bool,
+    /// It is a replay, which ends by itself.
+    replays: bool,
     routes: Vec<Arc<dyn Route>>,
     layers: Option<Next>,
     scope: Arc<Scope>,
@@ -295,6 +298,7 @@ impl Subscribed {
             layers,
             retry_mode: config.retry_mode(spec.ordering),
             keeps_order: spec.ordering == Ordering::Key,
+            replays: false,
             scope,
             lanes: Mutex::new(Lanes::new(
                 spec.ordering,

@@ -36,6 +36,7 @@ pub(crate) async fn pump(
                 subscribed.admit(&mut polled.deliveries);
                 match read {
                     Err(error) => break Err(error),
+                    Ok(()) if nothing && subscribed.replays => break Ok(()),
                     Ok(()) if nothing => break Err(Error::new(ErrorKind::Closed, "the subscription ended by itself")),
                     Ok(()) => {}
                 }
@@ -76,12 +77,14 @@ impl Subscribed {
             Notice::Leases => self.leases.notify_waiters(),
             Notice::HoldBack { slot, after } => self.lanes.lock().hold_back(slot, after),
             Notice::HoldBackOver { slot } => self.with_lanes(|lanes| lanes.end_hold_back(slot)),
+            // Nothing but itself takes part in a replay.
+            Notice::Role(_) if self.replays => {}
             Notice::Role(role) => {
                 *self.role.lock() = Some(role.clone());
                 self.scope.bus.tell().tell(BusEvent::Role { subscription, role });
             }
-            Notice::Gap { topic, missed_at_most, .. } => {
-                self.scope.bus.tell().tell(BusEvent::Gap { subscription, topic, missed_at_most });
+            Notice::Gap { topic, missed_at_most, from, to } => {
+                self.scope.bus.tell().tell(BusEvent::Gap { subscription, topic, missed_at_most, from, to });
             }
         }
     }

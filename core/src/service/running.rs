@@ -126,7 +126,7 @@ impl Running {
             }
         }
         match self.subscribed.first() {
-            Some(first) if self.pumps.len() < self.subscribed.len() => {
+            Some(first) if self.pumps.len() < self.subscribed.len() && !first.replays => {
                 about(first, "a subscription has ended for good")
             }
             Some(first) => first.scope.bus.health(),
@@ -168,20 +168,43 @@ impl Running {
     /// # Cancel safety
     /// The error is not lost: the subscription stays ended.
     pub async fn failed(&mut self) -> Error {
+        match self.all_ended().await {
+            Err(error) => error,
+            Ok(()) => std::future::pending().await,
+        }
+    }
+
+    /// Waits for all subscriptions to end.
+    async fn all_ended(&mut self) -> Result<()> {
         while let Some(pumped) = self.pumps.join_next().await {
             match pumped {
                 Ok(Pumped { subscription, ended }) => {
                     self.ended.push(subscription);
-                    if let Err(error) = ended {
-                        return error;
-                    }
+                    ended?;
                 }
                 Err(panic) => {
-                    return Error::new(ErrorKind::Internal, "reading a subscription panicked").with_source(panic);
+                    let why = "reading a subscription panicked";
+                    return Err(Error::new(ErrorKind::Internal, why).with_source(panic));
                 }
             }
         }
-        std::future::pending().await
+        Ok(())
+    }
+
+    /// Waits until a [replay](super::Service::replay) has handled everything, then closes it; its
+    /// [`stats`](Self::stats) stay. A service that is no replay never finishes.
+    ///
+    /// # Errors
+    /// What ended a subscription for good. The others go on.
+    ///
+    /// # Cancel safety
+    /// The replay goes on; waiting again is fine.
+    pub async fn finished(&mut self) -> Result<()> {
+        self.all_ended().await?;
+        while let Some(subscription) = self.ended.pop() {
+            subscription.close(Instant::now() + super::DRAIN).await;
+        }
+        Ok(())
     }
 
     /// Stops reading, lets what runs finish within `deadline`, gives the rest back, flushes the settlements.

@@ -63,6 +63,9 @@ pub trait Transport: Send + Sync + 'static {
     /// Reads topics again through deliveries marked [`replayed`](Delivery::replayed); moves no subscription, and acks
     /// settle nothing but the replay's own window.
     ///
+    /// Behavior: unless it follows, it ends when all that was there when it began is settled; what is given back comes
+    /// again before. It keeps no other limits of a subscription: a delivery may stay unsettled for as long as it takes.
+    ///
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) where what was published cannot be read again.
     async fn replay(&self, spec: ReplaySpec) -> Result<Box<dyn Subscription>>;
@@ -305,6 +308,8 @@ pub enum ReplayFrom {
 pub trait DeadLetters: Send + Sync {
     /// How many there are.
     async fn count(&self) -> Result<u64>;
+    /// The position of the newest; `None` if there are none.
+    async fn last(&self) -> Result<Option<u64>>;
     /// Up to `max` of them, the oldest first, of those after the position `after`.
     async fn page(&self, after: Option<u64>, max: usize) -> Result<Vec<DeadLetter>>;
     /// Deletes those at these positions; what is not there is ignored. Returns how many were deleted.

@@ -51,6 +51,10 @@ impl DeadLetters for MemoryDeadLetters {
         self.with(|buried| buried.len() as u64)
     }
 
+    async fn last(&self) -> Result<Option<u64>> {
+        self.with(|buried| buried.keys().next_back().copied())
+    }
+
     async fn page(&self, after: Option<u64>, max: usize) -> Result<Vec<DeadLetter>> {
         let from = after.map_or(Unbounded, Excluded);
         let letter =
