@@ -43,7 +43,7 @@ const TRANSPORTS: [&str; 4] = ["memory", "nats", "rabbitmq", "kafka"];
 /// use tidings::{Bus, Config};
 /// # tokio_test(async {
 /// let bus = Bus::connect(Config::from_url("memory://shop")?).await?;
-/// # tidings::Result::Ok(()) });
+/// # tidings::Result::<()>::Ok(()) }).unwrap();
 /// # fn tokio_test<F: Future>(f: F) -> F::Output { tokio::runtime::Runtime::new().unwrap().block_on(f) }
 /// ```
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -16,6 +16,9 @@ pub use tidings_macros::Event;
 #[cfg(feature = "memory")]
 pub use tidings_memory as memory;
 
+#[doc = include_str!("../docs/guide.md")]
+pub mod guide {}
+
 /// What a service needs, in one import.
 pub mod prelude {
     pub use crate::handler::{Attempt, Delivered, Lease, Metadata, State};

@@ -170,7 +170,9 @@ impl Lanes {
     /// Puts the acker of a redelivered copy in the place of the first's; gives the delivery back if there is none.
     fn replace(&mut self, delivery: Delivery) -> Option<Delivery> {
         let message = &delivery.message;
-        let same = |e: &Entry| e.message_id == message.id && e.source == message.source && e.slot == delivery.slot;
+        let place = (delivery.slot, delivery.position);
+        let same =
+            |e: &Entry| (e.slot, e.position) == place && e.message_id == message.id && e.source == message.source;
         let known = delivery.redelivered.then(|| self.entries.iter_mut().find(|(_, entry)| same(entry))).flatten();
         let Some((_, entry)) = known else { return Some(delivery) };
         // What is replaced is dropped: its lease is lost, so that settles nothing.
@@ -200,29 +202,48 @@ impl Lanes {
             return;
         }
         let first = lane.first;
-        if self.entries[first].state == State::HeldBack && position < self.entries[first].position {
+        if self.entries[first].state != State::Running && position < self.entries[first].position {
             lane.first = id;
-            self.entries[first].state = State::Waiting;
             self.entries[id].next = Some(first);
+            self.demote(first);
             return self.activate(id);
         }
         let mut before = first;
         while let Some(next) = self.entries[before].next.filter(|next| self.entries[*next].position <= position) {
             before = next;
         }
+        // Behind a first one that is newer, but at work.
+        if self.entries[before].next.is_none() {
+            lane.last = id;
+        }
         self.entries[id].next = self.entries[before].next.replace(id);
     }
 
     /// Makes the first job of a lane, or one without a lane, ready, unless it is held back.
     fn activate(&mut self, id: JobId) {
+        let held_back = self.is_held_back(&self.entries[id]);
         let entry = &mut self.entries[id];
-        let newest = self.hold_backs.get(&entry.slot);
-        if entry.lane.is_some() && newest.is_some_and(|newest| entry.position > *newest) {
+        if held_back {
             entry.state = State::HeldBack;
         } else {
             entry.state = State::Ready;
             self.ready[entry.route].push_back(id);
         }
+    }
+
+    /// Puts a job that was the first of its lane back in line.
+    fn demote(&mut self, id: JobId) {
+        let entry = &mut self.entries[id];
+        match std::mem::replace(&mut entry.state, State::Waiting) {
+            State::Ready => self.ready[entry.route].retain(|ready| *ready != id),
+            State::Held => self.holds.retain(|(_, held)| *held != id),
+            _ => {}
+        }
+    }
+
+    fn is_held_back(&self, entry: &Entry) -> bool {
+        let newest = self.hold_backs.get(&entry.slot);
+        entry.lane.is_some() && newest.is_some_and(|newest| entry.position > *newest)
     }
 
     /// Takes the next ready job of a route to be run.
@@ -261,7 +282,8 @@ impl Lanes {
 
     fn can_join(&self, id: JobId, route: usize, state: State) -> bool {
         let entry = &self.entries[id];
-        entry.state == state && entry.route == route && entry.job.as_ref().is_some_and(|job| !job.alone)
+        let fits = entry.state == state && entry.route == route && !self.is_held_back(entry);
+        fits && entry.job.as_ref().is_some_and(|job| !job.alone)
     }
 
     fn start(&mut self, id: JobId) -> Option<Job> {
@@ -371,6 +393,16 @@ impl Lanes {
     /// Nothing of `slot` newer than `after` becomes ready from now on.
     pub(crate) fn hold_back(&mut self, slot: u32, after: u64) {
         self.hold_backs.insert(slot, after);
+        for ready in &mut self.ready {
+            ready.retain(|id| {
+                let entry = &mut self.entries[*id];
+                let newer = entry.slot == slot && entry.lane.is_some() && entry.position > after;
+                if newer {
+                    entry.state = State::HeldBack;
+                }
+                !newer
+            });
+        }
     }
 
     /// All that was left open in `slot` is here or settled.
@@ -385,7 +417,7 @@ impl Lanes {
     /// Whether the lane of a running job has filled its share, a quarter of all.
     pub(crate) fn is_crowded(&self, id: JobId) -> bool {
         let lane = self.entries[id].lane.as_ref().and_then(|key| self.lanes.get(key));
-        lane.is_some_and(|lane| lane.len * 4 >= self.limit)
+        lane.is_some_and(|lane| lane.len > 1 && lane.len * 4 >= self.limit)
     }
 
     /// Whether a redelivered copy of a running job has come.
@@ -408,7 +440,8 @@ impl Lanes {
     /// Whether the reader waits and reading is worth it again: for much at once, or for workers with nothing to do.
     pub(crate) fn should_read(&mut self) -> bool {
         let free = self.limit.saturating_sub(self.entries.len());
-        let worth_it = free * 4 >= self.limit || self.ready.iter().all(VecDeque::is_empty);
+        let idle = self.ready.iter().all(VecDeque::is_empty);
+        let worth_it = free > 0 && (free * 4 >= self.limit || idle);
         self.starved && worth_it && std::mem::take(&mut self.starved)
     }
 
@@ -449,3 +482,6 @@ impl Lanes {
         self.stopped
     }
 }
+
+#[cfg(test)]
+mod tests;
