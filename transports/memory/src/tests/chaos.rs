@@ -277,8 +277,10 @@ async fn nothing_is_lost_between_threads() {
             let (mut reader, told) = (open(&t, spec.clone()).await, told.clone());
             readers.spawn(async move {
                 while let Some(delivery) = reader.next_or_end().await {
-                    told.send(said(&delivery).to_owned()).unwrap();
+                    let said = said(&delivery).to_owned();
+                    // Before it is told: when all are heard, all are settled.
                     delivery.acker.ack();
+                    told.send(said).unwrap();
                 }
             });
         }
