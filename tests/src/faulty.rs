@@ -2,17 +2,31 @@
 
 use async_trait::async_trait;
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tidings::memory::MemoryConfig;
 use tidings::transport::{
-    Capabilities, DeadLetter, DeadLetters, Destination, Fate, Health, Outgoing, Publisher, ReplaySpec, Subscription,
-    SubscriptionSpec, Topology, Transport,
+    Capabilities, DeadLetter, DeadLetters, Destination, Fate, Health, Outgoing, Publisher, Receipt, ReplaySpec,
+    Subscription, SubscriptionSpec, Topology, Transport, submit_and_wait,
 };
-use tidings::{Bus, Connect, Error, ErrorKind, Result, SubscriptionName};
+use tidings::{Bus, Connect, Error, ErrorKind, Message, Result, SubscriptionName};
 use tidings_core::Events;
 use tokio::time::Instant;
+
+/// What becomes of a message on its way to the broker.
+#[derive(Debug)]
+pub enum Fault {
+    /// It is refused: the broker does not have it.
+    Refuse(Error),
+    /// The broker has it, but its answer is lost.
+    LoseAnswer,
+    /// Nothing answers, for ever.
+    Silence,
+}
+
+/// Decides what becomes of a message.
+pub type Faults = Box<dyn FnMut(&Destination, &Message) -> Option<Fault> + Send>;
 
 /// A transport with faults on demand.
 pub struct Faulty {
@@ -22,6 +36,15 @@ pub struct Faulty {
     pub refuses: Arc<AtomicBool>,
     /// Dead letters cannot be removed.
     pub keeps: Arc<AtomicBool>,
+    /// What happens to what is published, if not what should.
+    faults: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    faults: Mutex<Option<Faults>>,
+    /// Receipts that are never answered.
+    silent: Mutex<Vec<Receipt>>,
 }
 
 impl Faulty {
@@ -33,8 +56,32 @@ impl Faulty {
         let (inner, config) = MemoryConfig::default().connect().await.expect("memory connects");
         let mut capabilities = inner.capabilities().clone();
         limit(&mut capabilities);
-        let faulty = Arc::new(Self { inner, capabilities, refuses: Arc::default(), keeps: Arc::default() });
+        let faulty = Arc::new(Self {
+            inner,
+            capabilities,
+            refuses: Arc::default(),
+            keeps: Arc::default(),
+            faults: Arc::default(),
+        });
         (Bus::new(Arc::clone(&faulty) as Arc<dyn Transport>, config).expect("the defaults are fine"), faulty)
+    }
+}
+
+impl Faulty {
+    /// From now on `faults` decides what becomes of what is published.
+    ///
+    /// # Panics
+    /// If a test panicked in one.
+    pub fn set(&self, faults: impl FnMut(&Destination, &Message) -> Option<Fault> + Send + 'static) {
+        *self.faults.faults.lock().expect("no panic inside") = Some(Box::new(faults));
+    }
+
+    /// What was never answered is answered, with a failure.
+    ///
+    /// # Panics
+    /// If a test panicked in a fault.
+    pub fn break_silence(&self) {
+        self.faults.silent.lock().expect("no panic inside").clear();
     }
 }
 
@@ -44,20 +91,41 @@ impl std::fmt::Debug for Faulty {
     }
 }
 
-struct FaultyPublisher(Arc<dyn Publisher>, Arc<AtomicBool>);
+struct FaultyPublisher(Arc<dyn Publisher>, Arc<AtomicBool>, Arc<Shared>);
 
 struct FaultyLetters(Arc<dyn DeadLetters>, Arc<AtomicBool>);
+
+impl FaultyPublisher {
+    fn pass<'a>(&self, out: Outgoing<'a>) -> Option<Outgoing<'a>> {
+        let mut faults = self.2.faults.lock().expect("no panic inside");
+        match faults.as_mut().and_then(|faults| faults(&out.destination, out.message)) {
+            None => return Some(out),
+            Some(Fault::Refuse(error)) => out.receipt.fail(Fate::NotPersisted, error),
+            Some(Fault::LoseAnswer) => {
+                let copy = [(out.destination, out.message.clone(), out.delay, out.owed)];
+                drop(submit_and_wait(&*self.0, &copy));
+                out.receipt.fail(Fate::PossiblyPersisted, Error::new(ErrorKind::Connection, "the answer is lost"));
+            }
+            Some(Fault::Silence) => self.2.silent.lock().expect("no panic inside").push(out.receipt),
+        }
+        None
+    }
+}
 
 impl Publisher for FaultyPublisher {
     fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
         let refuses = self.1.load(SeqCst);
-        self.0.submit(&mut batch.filter_map(|out| match out.destination {
-            Destination::Subscription(_) if refuses => {
-                out.receipt.fail(Fate::NotPersisted, Error::new(ErrorKind::Refused, "not today"));
-                None
-            }
-            _ => Some(out),
-        }));
+        // First all faults, because a fault may submit, and an iterator must not.
+        let passed: Vec<_> = batch
+            .filter_map(|out| match out.destination {
+                Destination::Subscription(_) if refuses => {
+                    out.receipt.fail(Fate::NotPersisted, Error::new(ErrorKind::Refused, "not today"));
+                    None
+                }
+                _ => self.pass(out),
+            })
+            .collect();
+        self.0.submit(&mut passed.into_iter());
     }
 }
 
@@ -100,7 +168,7 @@ impl Transport for Faulty {
     }
 
     fn publisher(&self) -> Arc<dyn Publisher> {
-        Arc::new(FaultyPublisher(self.inner.publisher(), Arc::clone(&self.refuses)))
+        Arc::new(FaultyPublisher(self.inner.publisher(), Arc::clone(&self.refuses), Arc::clone(&self.faults)))
     }
 
     async fn subscribe(&self, spec: SubscriptionSpec) -> Result<Box<dyn Subscription>> {

@@ -122,6 +122,14 @@ impl Flight {
         flight
     }
 
+    /// Lets the keys go, and says whether it can be used again: nobody else holds on to it.
+    pub(crate) fn land(self: &mut Arc<Self>) -> bool {
+        Arc::get_mut(self).is_some_and(|flight| {
+            flight.passes = None;
+            true
+        })
+    }
+
     pub(crate) fn receipt(self: &Arc<Self>, index: u32) -> Receipt {
         Receipt { flight: Some(Arc::clone(self)), index }
     }

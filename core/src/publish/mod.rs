@@ -168,9 +168,10 @@ impl Submitted {
             return posts.iter().map(|post| too_late(post, Fate::NotPersisted)).enumerate().collect();
         };
         if let Ok(failures) = timeout_at(deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+            let flight = self.0.take().and_then(|mut flight| flight.land().then_some(flight));
             let mut landed = landed.lock();
             let room = landed.len() < LANDED;
-            landed.extend(self.0.take().filter(|_| room));
+            landed.extend(flight.filter(|_| room));
             return failures;
         }
         let (mut failures, unanswered) = flight.abandon();

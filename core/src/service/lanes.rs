@@ -47,7 +47,9 @@ pub(crate) struct Lanes {
     running: usize,
     pub(crate) outage: Outage,
     recent: Recent,
-    /// How many deliveries are to be read one by one, because a suspect is among them.
+    /// A suspect: nothing else is begun or read while it is here.
+    isolated: Option<JobId>,
+    /// How many deliveries are to be read one by one, because a suspect was among them.
     cautious: usize,
     /// The reader has stopped for want of room.
     starved: bool,
@@ -126,6 +128,7 @@ impl Lanes {
             running: 0,
             outage,
             recent: Recent::default(),
+            isolated: None,
             cautious: 0,
             starved: false,
             paused: false,
@@ -293,28 +296,39 @@ impl Lanes {
         entry.job.take()
     }
 
-    /// If a suspect is here and not alone, takes out all that does not run, to be given back and then read one by one:
-    /// should the suspect end this process, it takes nothing with it.
+    /// If a suspect is here, takes out all else that does not run, to be given back and then read one by one: should the
+    /// suspect end this process, it takes nothing with it.
     pub(crate) fn isolate(&mut self) -> Vec<Job> {
-        let is_suspect = |job: &Job| job.delivery.lost.is_some_and(|lost| lost > SUSPECT_AFTER);
-        let mut parked = self.entries.iter().filter_map(|(_, entry)| entry.job.as_ref());
-        if self.entries.len() < 2 || !parked.any(is_suspect) {
+        let suspect = |(id, entry): (JobId, &Entry)| {
+            let job = entry.job.as_ref().filter(|job| entry.state != State::HeldBack && job.crashes() > 0)?;
+            Some((job.delivery.position, id))
+        };
+        if self.isolated.is_some() {
             return Vec::new();
         }
-        let jobs = self.clear();
-        let suspect = jobs.iter().position(is_suspect);
-        self.cautious = suspect.map_or(0, |before| before + 1);
-        jobs
+        let Some((position, id)) = self.entries.iter().filter_map(suspect).min() else { return Vec::new() };
+        self.isolated = Some(id);
+        let others = self.take_parked(Some(id));
+        self.cautious = self.cautious.max(others.iter().filter(|job| job.delivery.position < position).count() + 1);
+        others
     }
 
     /// Takes out everything that does not run, to be given back, the oldest first.
     pub(crate) fn clear(&mut self) -> Vec<Job> {
-        self.holds.clear();
-        self.ready.iter_mut().for_each(VecDeque::clear);
-        let mut jobs: Vec<Job> = self.entries.iter_mut().filter_map(|(_, entry)| entry.job.take()).collect();
+        self.take_parked(None)
+    }
+
+    fn take_parked(&mut self, except: Option<JobId>) -> Vec<Job> {
+        self.holds.retain(|(_, id)| Some(*id) == except);
+        self.ready.iter_mut().for_each(|ready| ready.retain(|id| Some(*id) == except));
+        let others = self.entries.iter_mut().filter(|(id, _)| Some(*id) != except);
+        let mut jobs: Vec<Job> = others.filter_map(|(_, entry)| entry.job.take()).collect();
         for job in &jobs {
             let entry = self.entries.remove(job.id);
-            self.leave_lane(job.id, entry.lane.as_ref(), entry.next);
+            let first = self.leave_lane(job.id, entry.lane.as_ref(), entry.next);
+            if let Some(first) = first.filter(|first| Some(*first) == except) {
+                self.activate(first);
+            }
         }
         jobs.sort_by_key(|job| job.delivery.position);
         jobs
@@ -324,6 +338,7 @@ impl Lanes {
     /// copy, which is to be settled instead.
     pub(crate) fn finish(&mut self, id: JobId) -> Option<Acker> {
         self.running -= 1;
+        self.isolated = self.isolated.filter(|isolated| *isolated != id);
         let entry = self.entries.remove(id);
         if let Some(next) = self.leave_lane(id, entry.lane.as_ref(), entry.next)
             && self.entries[next].state == State::Waiting
@@ -427,12 +442,16 @@ impl Lanes {
 
     /// How many more deliveries there is room for; if none, the reader waits until it [should read](Self::should_read).
     pub(crate) fn room(&mut self) -> usize {
-        let limit = match (self.paused, self.cautious) {
-            (true, _) => 0,
-            (false, 0) => self.limit,
-            _ => 1,
+        let free = self.limit.saturating_sub(self.entries.len());
+        let free = match (self.isolated, self.cautious) {
+            _ if self.paused => 0,
+            (None, 0) => free,
+            // One more, if nothing that is here can be run: what is held back waits for others.
+            (None, _) if self.entries.iter().all(|(_, e)| matches!(e.state, State::HeldBack | State::Waiting)) => {
+                free.min(1)
+            }
+            _ => 0,
         };
-        let free = limit.saturating_sub(self.entries.len());
         self.starved = free == 0;
         free
     }

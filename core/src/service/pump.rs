@@ -76,7 +76,13 @@ impl Subscribed {
             // Handlers that run may ask; the other leases are asked for when it is their turn.
             Notice::Leases => self.leases.notify_waiters(),
             Notice::HoldBack { slot, after } => self.lanes.lock().hold_back(slot, after),
-            Notice::HoldBackOver { slot } => self.with_lanes(|lanes| lanes.end_hold_back(slot)),
+            Notice::HoldBackOver { slot } => {
+                let given_back = self.with_lanes(|lanes| {
+                    lanes.end_hold_back(slot);
+                    lanes.isolate()
+                });
+                given_back.into_iter().for_each(Job::give_back);
+            }
             // Nothing but itself takes part in a replay.
             Notice::Role(_) if self.replays => {}
             Notice::Role(role) => {
