@@ -22,3 +22,9 @@ fn each_mistake_is_one_error() {
     }
     assert!(seen > 30, "where are they?");
 }
+
+/// Each mistake with a handler is said where it is given to a service, and its note names the fix.
+#[test]
+fn mistakes_with_handlers_are_explained() {
+    trybuild::TestCases::new().compile_fail("tests/handlers/*.rs");
+}

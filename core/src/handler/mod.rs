@@ -112,7 +112,7 @@ fn nothing() -> Error {
     message = "`{Self}` is not a handler",
     label = "not a handler",
     note = "a handler is `async fn(Event, extracted arguments..) -> Result<_, HandlerError>`, with at most six arguments, \
-            each owned (no references)"
+            each owned (no references), whose future is `Send` (no `Rc` or lock guard lives across an `.await`)"
 )]
 pub trait Handler<A>: Send + Sync + 'static {
     /// What it returns.

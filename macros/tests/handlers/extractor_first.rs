@@ -1,0 +1,13 @@
+use tidings::prelude::*;
+
+#[derive(Event, Serialize, Deserialize)]
+#[event(name = "shop.order.placed", key = id)]
+struct Order {
+    id: String,
+}
+
+async fn handle(_: Attempt, _: Order) {}
+
+fn main() {
+    let _ = Service::new("crm").on(handle);
+}

@@ -1,0 +1,15 @@
+use tidings::prelude::*;
+
+#[derive(Event, Serialize, Deserialize)]
+#[event(name = "shop.order.placed", key = id)]
+struct Order {
+    id: String,
+}
+
+async fn handle(_: Order) -> u32 {
+    1
+}
+
+fn main() {
+    let _ = Service::new("crm").on(handle);
+}
