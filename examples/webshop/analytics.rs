@@ -29,6 +29,11 @@ async fn add_up(OrderPlaced { order }: OrderPlaced, State(totals): State<Totals>
 }
 
 impl Totals {
+    /// All orders.
+    pub(crate) fn orders(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().map(|(orders, _)| orders).sum()
+    }
+
     /// The countries with the most orders.
     pub(crate) fn show(&self, most: usize) -> String {
         let totals = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,5 +1,6 @@
 //! The services of this run, each on a bus of its own, as if each were a program of its own.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tidings::prelude::*;
@@ -16,23 +17,27 @@ const DEADLINE: Duration = Duration::from_secs(10);
 pub(crate) struct Desk {
     pub(crate) name: &'static str,
     pub(crate) bus: Bus,
-    running: Option<Running>,
+    /// Its instances, the oldest first.
+    running: Vec<Running>,
+    /// What instances that were killed had done.
+    killed: Vec<(String, Stats)>,
 }
 
 impl Desk {
     async fn connect(config: &Config, name: &'static str) -> Result<Self> {
         let bus = Bus::connect(config.clone().with_source(format!("/{name}"))).await?;
-        Ok(Self { name, bus, running: None })
+        Ok(Self { name, bus, running: Vec::new(), killed: Vec::new() })
     }
 
     pub(crate) async fn start(&mut self, service: Service) -> Result<()> {
-        self.running = Some(service.start(&self.bus).await?);
+        self.running.push(service.start(&self.bus).await?);
         Ok(())
     }
 
     /// Its subscriptions, by the topic they read, and what they have done.
     fn stats(&self) -> impl Iterator<Item = (&str, Stats)> {
-        let stats = self.running.iter().flat_map(Running::stats);
+        let killed = self.killed.iter().map(|(name, stats)| (name.as_str(), stats.clone()));
+        let stats = self.running.iter().flat_map(Running::stats).chain(killed);
         stats.map(|(name, stats)| (name.get(self.name.len() + 1..).unwrap_or(name), stats))
     }
 
@@ -40,10 +45,22 @@ impl Desk {
         self.stats().map(|(_, stats)| number(&stats)).sum()
     }
 
+    /// Ends its oldest instance without warning, if there is another.
+    fn kill_one(&mut self) {
+        if self.running.len() > 1 {
+            let victim = self.running.remove(0);
+            self.killed.extend(victim.stats().map(|(name, mut stats)| {
+                stats.in_flight = 0; // what it had is handed to another
+                (name.to_owned(), stats)
+            }));
+        }
+    }
+
     async fn dead_letters(&self) -> Result<Vec<DeadLetter>> {
         const PAGE: usize = 1_000;
         let mut letters: Vec<DeadLetter> = Vec::new();
-        for (topic, _) in self.stats() {
+        let topics: BTreeSet<_> = self.stats().map(|(topic, _)| topic.to_owned()).collect();
+        for topic in topics {
             let name = SubscriptionName::new(format!("{}.{topic}", self.name))?;
             let here = self.bus.transport().dead_letters(&name).await?;
             let mut after = None;
@@ -69,10 +86,12 @@ impl Crew {
         Self { config, desks: Vec::new() }
     }
 
-    /// Connects a service and starts it.
-    pub(crate) async fn start(&mut self, name: &'static str, service: Service) -> Result<Bus> {
+    /// Connects a service and starts its instances.
+    pub(crate) async fn start(&mut self, name: &'static str, services: Vec<Service>) -> Result<Bus> {
         let mut desk = Desk::connect(&self.config, name).await?;
-        desk.start(service).await?;
+        for service in services {
+            desk.start(service).await?;
+        }
         let bus = desk.bus.clone();
         self.desks.push(desk);
         Ok(bus)
@@ -86,12 +105,24 @@ impl Crew {
         Ok(())
     }
 
-    /// Starts a service that was prepared.
-    pub(crate) async fn start_prepared(&mut self, name: &str, service: Service) -> Result<()> {
-        match self.desks.iter_mut().find(|desk| desk.name == name) {
-            Some(desk) => desk.start(service).await,
-            None => Ok(()),
+    /// Starts the instances of a service that was prepared.
+    pub(crate) async fn start_prepared(&mut self, name: &str, services: Vec<Service>) -> Result<()> {
+        if let Some(desk) = self.desks.iter_mut().find(|desk| desk.name == name) {
+            for service in services {
+                desk.start(service).await?;
+            }
         }
+        Ok(())
+    }
+
+    /// Ends one instance of each service that has more, without warning.
+    pub(crate) fn kill_one_of_each(&mut self) {
+        self.desks.iter_mut().for_each(Desk::kill_one);
+    }
+
+    /// The bus of a service.
+    pub(crate) fn bus(&self, name: &str) -> Option<&Bus> {
+        self.desks.iter().find(|desk| desk.name == name).map(|desk| &desk.bus)
     }
 
     /// What each service did, after `placed` orders.
@@ -112,11 +143,17 @@ impl Crew {
     /// What went wrong, by service and event type, which here is the topic.
     pub(crate) fn troubles(&self) -> Vec<Trouble> {
         let troubles = self.desks.iter().flat_map(|desk| {
-            desk.stats().map(|(topic, stats)| Trouble {
+            let mut by_topic: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+            for (topic, stats) in desk.stats() {
+                let (retries, dead_letters) = by_topic.entry(topic).or_default();
+                *retries += stats.retried;
+                *dead_letters += stats.dead_lettered;
+            }
+            by_topic.into_iter().map(|(topic, (retries, dead_letters))| Trouble {
                 event: topic.to_owned(),
                 service: display(desk.name),
-                retries: stats.retried,
-                dead_letters: stats.dead_lettered,
+                retries,
+                dead_letters,
             })
         });
         troubles.collect()
@@ -134,7 +171,7 @@ impl Crew {
     /// Lets everyone finish what runs, then disconnects.
     pub(crate) async fn go_home(self) -> Result<()> {
         for desk in self.desks {
-            if let Some(running) = desk.running {
+            for running in desk.running {
                 running.drain(DEADLINE).await;
             }
             desk.bus.close(DEADLINE).await?;

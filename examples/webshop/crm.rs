@@ -2,7 +2,7 @@
 
 use tidings::prelude::*;
 
-use crate::events::{FollowUpScheduled, OrderPlaced};
+use crate::events::{FollowUpScheduledV1, OrderPlaced};
 use crate::journal::{Journal, Noted};
 
 pub(crate) fn service(journal: &Journal) -> Service {
@@ -10,9 +10,9 @@ pub(crate) fn service(journal: &Journal) -> Service {
 }
 
 // What cannot fail need not return a `Result`.
-async fn schedule_follow_up(OrderPlaced { order }: OrderPlaced, _: Noted) -> FollowUpScheduled {
+async fn schedule_follow_up(OrderPlaced { order }: OrderPlaced, _: Noted) -> FollowUpScheduledV1 {
     let first_name = order.customer.name.split_whitespace().next().unwrap_or("you");
-    FollowUpScheduled {
+    FollowUpScheduledV1 {
         subject: format!("{first_name}, how do you like it?"),
         order_id: order.order_id,
         email: order.customer.email,

@@ -33,6 +33,22 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration)]
     pub(crate) billing_outage: Duration,
 
+    /// What this service (logistics, billing, crm) depends on is down for this long after the start: 5s
+    #[arg(long, num_args = 2, value_names = ["SERVICE", "TIME"])]
+    outage_of: Option<Vec<String>>,
+
+    /// Run this many instances of each service; with two or more, one of each is killed half-way
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub(crate) instances: NonZeroUsize,
+
+    /// At the end, mend the dead letters and send them back to Billing
+    #[arg(long)]
+    pub(crate) redrive: bool,
+
+    /// At the end, replay all orders through a new service and compare
+    #[arg(long)]
+    pub(crate) replay: bool,
+
     /// Logistics fails this share of its runs, from 0 to below 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub(crate) flaky: f64,
@@ -56,6 +72,17 @@ pub(crate) struct Flags {
     /// What chance is drawn from: the same seed, the same run
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
+}
+
+impl Flags {
+    /// Which service's dependency is down, and for how long.
+    pub(crate) fn outage(&self) -> Result<Option<(&str, Duration)>, String> {
+        let Some([service, time]) = self.outage_of.as_deref() else { return Ok(None) };
+        if !["logistics", "billing", "crm"].contains(&service.as_str()) {
+            return Err(format!("--outage-of: no service `{service}`; there are logistics, billing and crm"));
+        }
+        duration(time).map(|time| Some((service.as_str(), time))).map_err(|why| format!("--outage-of: {why}"))
+    }
 }
 
 /// Reads `500ms`, `3s` or `2m`, up to a day.

@@ -101,11 +101,19 @@ impl Ledger {
     pub(crate) fn enter(&self, id: &MessageId, step: Step, outcome: Outcome) {
         let mut accounts = self.lock();
         let Some(account) = accounts.by_id.get_mut(id) else { return };
-        account.steps[step as usize].get_or_insert(outcome);
+        let entered = account.steps[step as usize].get_or_insert(outcome);
+        if outcome == Outcome::Done {
+            *entered = outcome; // a dead letter was mended
+        }
         if account.accounted_after.is_none() && account.steps.iter().all(Option::is_some) {
             account.accounted_after = Some(account.placed.elapsed());
             accounts.open -= 1;
         }
+    }
+
+    /// The poisoned orders were mended: from now on they are to end like the others.
+    pub(crate) fn mend(&self) {
+        self.lock().by_id.values_mut().for_each(|account| account.is_poisoned = false);
     }
 
     pub(crate) fn knows(&self, id: &MessageId) -> bool {

@@ -20,6 +20,7 @@ mod pdf;
 mod report;
 mod shop;
 mod text;
+mod trouble;
 mod watch;
 
 use std::process::ExitCode;
@@ -59,27 +60,39 @@ async fn webshop(flags: Flags) -> Result<bool, BoxError> {
     }
     let (ledger, journal, totals) = (Ledger::default(), Journal::default(), Totals::default());
     let carrier = Carrier { flaky: flags.flaky, seed: flags.seed };
-    let billing = billing::service(Archive(flags.out.clone()), &journal);
+    let outage = flags.outage()?;
+    let trouble = |name: &str, service: Service| match outage {
+        Some((down, time)) if down == name => service.layer(trouble::down_for(time)),
+        _ => service,
+    };
+    let instances = |one: &dyn Fn() -> Service| (0..flags.instances.get()).map(|_| one()).collect::<Vec<_>>();
+    let logistics = || trouble("logistics", logistics::service(carrier, &journal));
+    let billing = || trouble("billing", billing::service(Archive(flags.out.clone()), &journal));
+    let crm = || trouble("crm", crm::service(&journal));
 
     let mut crew = Crew::new(broker(&flags)?);
-    let shop = crew.start("shop", shop::service(&ledger, &journal)).await?;
-    crew.start("logistics", logistics::service(carrier, &journal)).await?;
-    crew.prepare("billing", &billing).await?; // it starts after its outage: orders wait in the broker
-    crew.start("crm", crm::service(&journal)).await?;
+    let shop = crew.start("shop", vec![shop::service(&ledger, &journal)]).await?;
+    crew.start("logistics", instances(&logistics)).await?;
+    crew.prepare("billing", &billing()).await?; // it starts after its outage: orders wait in the broker
+    crew.start("crm", instances(&crm)).await?;
     if flags.with_analytics {
-        crew.start("analytics", analytics::service(&totals, &journal)).await?;
+        crew.start("analytics", vec![analytics::service(&totals, &journal)]).await?;
     }
 
     let checkout = Checkout::new(shop, ledger.clone(), &flags)?;
+    let seen_anew = Totals::default();
     let watch = Watch {
         crew,
         ledger,
-        journal,
         expected: flags.count.map(|count| count.get() as u64),
         poison: flags.poison as u64,
         outage: flags.billing_outage,
-        billing: Some(billing),
+        billing: instances(&billing),
+        kills: flags.instances.get() > 1,
+        redrives: flags.redrive,
+        replay: flags.replay.then(|| (analytics::service(&seen_anew, &Journal::default()), seen_anew.clone())),
         letters: Vec::new(),
+        journal: journal.clone(),
     };
     let is_good = watch.run(checkout).await?;
     if flags.with_analytics {

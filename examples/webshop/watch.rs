@@ -10,7 +10,9 @@ use tidings::{BoxError, header};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval, sleep_until};
 
+use crate::analytics::Totals;
 use crate::crew::Crew;
+use crate::events::OrderPlaced;
 use crate::journal::{Journal, display};
 use crate::ledger::{Ledger, Outcome, Step};
 use crate::report::{self, Delays, Progress, Standing};
@@ -36,8 +38,14 @@ pub(crate) struct Watch {
     pub(crate) poison: u64,
     /// How long Billing is out.
     pub(crate) outage: Duration,
-    /// Billing, until it starts.
-    pub(crate) billing: Option<Service>,
+    /// Billing's instances, until they start.
+    pub(crate) billing: Vec<Service>,
+    /// One instance of each service is to be killed half-way.
+    pub(crate) kills: bool,
+    /// Dead letters are to be mended at the end.
+    pub(crate) redrives: bool,
+    /// A new service that all orders are replayed through at the end.
+    pub(crate) replay: Option<(Service, Totals)>,
     /// Dead letters of this run's orders.
     pub(crate) letters: Vec<(&'static str, DeadLetter)>,
 }
@@ -69,7 +77,7 @@ impl Watch {
         let end = loop {
             tokio::select! {
                 done = &mut *checkout, if placed.is_none() => *placed = Some(done??),
-                () = sleep_until(opening), if self.billing.is_some() => self.start_billing().await?,
+                () = sleep_until(opening), if !self.billing.is_empty() => self.start_billing().await?,
                 _ = &mut interrupt => break End::Interrupted,
                 _ = look.tick() => {}
             }
@@ -78,6 +86,7 @@ impl Watch {
             if standing != moved.1 {
                 moved = (opening.max(Instant::now()), standing);
             }
+            self.kill_half_way(&standing, placed.is_some());
             let is_settled = self.ledger.standing().1 == 0 && standing.waiting == 0;
             match (is_settled, placed.is_some()) {
                 (true, true) => break End::Complete,
@@ -91,9 +100,15 @@ impl Watch {
     }
 
     async fn start_billing(&mut self) -> tidings::Result<()> {
-        match self.billing.take() {
-            Some(billing) => self.crew.start_prepared("billing", billing).await,
-            None => Ok(()),
+        let billing = std::mem::take(&mut self.billing);
+        self.crew.start_prepared("billing", billing).await
+    }
+
+    /// Half-way is when half of all that is placed has been handled.
+    fn kill_half_way(&mut self, standing: &Standing, is_placed: bool) {
+        if self.kills && is_placed && standing.handled > standing.placed && self.billing.is_empty() {
+            self.kills = false;
+            self.crew.kill_one_of_each();
         }
     }
 
@@ -136,15 +151,50 @@ impl Watch {
     /// Shows what happened, sends everyone home, and judges.
     async fn conclude(mut self, end: End, placed: Placed) -> Result<bool, BoxError> {
         self.read_dead_letters().await?;
+        if self.redrives && end == End::Complete {
+            self.redrive().await?;
+        }
+        let replayed = self.replay().await?;
         let complaints = self.complaints(end, &placed);
         println!("\n{}", report::service_table(&self.crew.rows(self.ledger.standing().0)));
         println!("{}", report::delay_table(&self.delays(placed.delays)));
         println!("{}", report::sequence_diagram(&self.journal.hops(), &self.crew.troubles()));
         self.letters.iter().for_each(show_letter);
+        print!("{replayed}");
         println!("{}", self.ledger.balance());
         complaints.iter().for_each(|complaint| eprintln!("webshop: {complaint}"));
         self.crew.go_home().await?;
         Ok(complaints.is_empty())
+    }
+
+    /// Mends each dead letter, sends it back to Billing alone, and waits for its invoice.
+    async fn redrive(&mut self) -> Result<(), BoxError> {
+        let Some(bus) = self.crew.bus("billing") else { return Ok(()) };
+        let letters = bus.dead_letters("billing.shop.order.placed").await?;
+        for letter in letters.list(None, usize::MAX).await? {
+            let payload = letters.show(letter.position).await?.payload;
+            let mut event: OrderPlaced = serde_json::from_slice(&payload)?;
+            event.order.customer.country = "NL".to_owned();
+            letters.redrive_edited(letter.position, serde_json::to_vec(&event)?).await?;
+            println!("redriven to Billing: order {}, now with a country", event.order.order_id);
+        }
+        self.ledger.mend();
+        self.poison = 0;
+        let (start, mut look) = (Instant::now(), interval(LOOK));
+        while !self.ledger.suspects(1).is_empty() && start.elapsed() < PATIENCE {
+            look.tick().await;
+        }
+        Ok(self.read_dead_letters().await?)
+    }
+
+    /// Replays all orders through a service that has never seen them.
+    async fn replay(&mut self) -> tidings::Result<String> {
+        let (Some((service, totals)), Some(bus)) = (self.replay.take(), self.crew.bus("shop")) else {
+            return Ok(String::new());
+        };
+        let mut replay = service.replay(bus, ReplayFrom::Beginning).await?;
+        replay.finished().await?;
+        Ok(format!("replayed {} orders through a new service:\n{}\n", totals.orders(), totals.show(3)))
     }
 
     /// Why this run proves nothing, if so.
