@@ -152,9 +152,11 @@ impl Worker {
     /// Awaits the handler, within its time, and takes in what it returned.
     async fn finish<F: Future<Output: IntoOutcome>>(&mut self, future: F) -> Result<(), Failure> {
         let limit = self.subscribed.config.timeout_or_forever();
-        let returned = match tokio::time::timeout(limit, AssertUnwindSafe(future).catch_unwind()).await {
-            Err(_) => return Err(Failure::timed_out(limit)),
-            Ok(Err(panic)) => return Err(Failure::panicked(&panic_text(&*panic))),
+        // The future is dropped inside, because that may panic too.
+        let in_time = async { tokio::time::timeout(limit, future).await };
+        let returned = match AssertUnwindSafe(in_time).catch_unwind().await {
+            Err(panic) => return Err(Failure::panicked(&panic_text(&*panic))),
+            Ok(Err(_)) => return Err(Failure::timed_out(limit)),
             Ok(Ok(returned)) => returned,
         };
         let outputs = &mut self.outputs;
