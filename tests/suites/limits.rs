@@ -54,9 +54,12 @@ async fn concurrency_is_of_the_subscription_however_many_handlers_it_has() {
 async fn a_batch_is_one_run() {
     let (bus, all_four) = (bus().await, Arc::new(Barrier::new(4)));
     let config = SubscriptionConfig::default().concurrency(4).batch(4);
-    let service = Service::new("crm")
-        .state(Arc::clone(&all_four))
-        .on_with(config, async |_: Batch<Viewed>, State(all_four): State<Arc<Barrier>>| drop(all_four.wait().await));
+    let service = Service::new("crm").state(Arc::clone(&all_four)).on_with(
+        config,
+        async |_: Batch<Viewed>, State(all_four): State<Arc<Barrier>>| {
+            all_four.wait().await;
+        },
+    );
     service.provision(&bus).await.unwrap();
     bus.publish_all(&(0..16).map(|page| Viewed { page }).collect::<Vec<_>>()).await.unwrap();
     let running = service.start(&bus).await.unwrap();
