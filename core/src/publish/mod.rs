@@ -167,7 +167,8 @@ impl Submitted {
         let Some(flight) = &self.0 else {
             return posts.iter().map(|post| too_late(post, Fate::NotPersisted)).enumerate().collect();
         };
-        if let Ok(failures) = timeout_at(deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+        if let Ok(mut failures) = timeout_at(deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+            failures.sort_by_key(|(index, _)| *index);
             let flight = self.0.take().and_then(|mut flight| flight.land().then_some(flight));
             let mut landed = landed.lock();
             let room = landed.len() < LANDED;
@@ -176,6 +177,7 @@ impl Submitted {
         }
         let (mut failures, unanswered) = flight.abandon();
         failures.extend(unanswered.map(|index| (index, too_late(&posts[index], Fate::PossiblyPersisted))));
+        failures.sort_by_key(|(index, _)| *index);
         failures
     }
 }

@@ -114,6 +114,11 @@ impl Job {
     }
 }
 
+/// Whether a lane has filled its share, a quarter of all.
+fn is_crowded(lane: &Lane, limit: usize) -> bool {
+    lane.len > 1 && lane.len * 4 >= limit
+}
+
 impl Lanes {
     /// Lanes for at most `limit` deliveries, handled by `routes` routes.
     pub(crate) fn new(ordering: Ordering, limit: usize, routes: usize, outage: Outage) -> Self {
@@ -199,12 +204,17 @@ impl Lanes {
             return self.activate(id);
         };
         lane.len += 1;
+        let (first, crowded) = (lane.first, is_crowded(lane, self.limit));
         if self.entries[lane.last].position <= position {
             self.entries[lane.last].next = Some(id);
             lane.last = id;
+            if crowded && self.entries[first].state == State::Held {
+                // It has filled its share since its first began to wait, so that the others would.
+                self.holds.retain(|(_, held)| *held != first);
+                self.activate(first);
+            }
             return;
         }
-        let first = lane.first;
         if self.entries[first].state != State::Running && position < self.entries[first].position {
             lane.first = id;
             self.entries[id].next = Some(first);
@@ -432,7 +442,7 @@ impl Lanes {
     /// Whether the lane of a running job has filled its share, a quarter of all.
     pub(crate) fn is_crowded(&self, id: JobId) -> bool {
         let lane = self.entries[id].lane.as_ref().and_then(|key| self.lanes.get(key));
-        lane.is_some_and(|lane| lane.len > 1 && lane.len * 4 >= self.limit)
+        lane.is_some_and(|lane| is_crowded(lane, self.limit))
     }
 
     /// Whether a redelivered copy of a running job has come.

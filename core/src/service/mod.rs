@@ -25,6 +25,7 @@ use parking_lot::Mutex;
 use running::Counters;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -280,6 +281,8 @@ pub(crate) struct Subscribed {
     layers: Option<Next>,
     scope: Arc<Scope>,
     lanes: Mutex<Lanes>,
+    /// How many runs go on; changed under the lock of the lanes.
+    runs: AtomicUsize,
     /// By route: there is something to run.
     ready: Vec<Notify>,
     /// There is room again, or a hold has changed.
@@ -300,6 +303,7 @@ impl Subscribed {
             keeps_order: spec.ordering == Ordering::Key,
             replays: false,
             scope,
+            runs: AtomicUsize::new(0),
             lanes: Mutex::new(Lanes::new(
                 spec.ordering,
                 config.max_in_flight,
@@ -317,11 +321,16 @@ impl Subscribed {
         }
     }
 
+    /// Whether one more run may go on.
+    fn may_run(&self) -> bool {
+        self.runs.load(Relaxed) < self.config.concurrency
+    }
+
     /// Changes the lanes, then wakes a worker of each route that has something to do.
     fn with_lanes<R>(&self, change: impl FnOnce(&mut Lanes) -> R) -> R {
         let mut lanes = self.lanes.lock();
         let result = change(&mut lanes);
-        let may_start = lanes.running() < self.config.concurrency;
+        let may_start = self.may_run();
         for (route, ready) in self.ready.iter().enumerate() {
             if may_start && lanes.has_ready(route) {
                 ready.notify_one();

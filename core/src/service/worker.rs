@@ -29,6 +29,16 @@ pub(crate) struct Worker {
 pub(crate) struct Run {
     first: Job,
     more: Vec<Job>,
+    turn: Turn,
+}
+
+/// One of as many runs as may go on at a time; dropped, it goes to who waits.
+struct Turn(Arc<Subscribed>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.with_lanes(|_| self.0.runs.fetch_sub(1, Relaxed));
+    }
 }
 
 impl Worker {
@@ -74,14 +84,24 @@ impl Worker {
     fn take(&self) -> Option<Run> {
         let batch = self.subscribed.batch_of(self.route);
         loop {
-            let (first, more) = self.subscribed.with_lanes(|lanes| {
+            let (first, more, should_read) = self.subscribed.with_lanes(|lanes| {
+                if !self.subscribed.may_run() {
+                    return None;
+                }
                 let first = lanes.take(self.route)?;
                 let mut more = Vec::new();
                 lanes.take_more(self.route, &first, batch - 1, &mut more);
-                Some((first, more))
+                self.subscribed.runs.fetch_add(1, Relaxed);
+                // Others have nothing to do.
+                let should_read = self.subscribed.may_run() && lanes.should_read();
+                Some((first, more, should_read))
             })?;
+            let turn = Turn(Arc::clone(&self.subscribed));
+            if should_read {
+                self.subscribed.pump.notify_one();
+            }
             if more.is_empty() && first.delivery.acker.lease() == Lease::Live {
-                return Some(Run { first, more });
+                return Some(Run { first, more, turn });
             }
             let (live, lost): (Vec<_>, Vec<_>) =
                 std::iter::once(first).chain(more).partition(|job| job.delivery.acker.lease() == Lease::Live);
@@ -89,7 +109,7 @@ impl Worker {
             lost.iter().for_each(|job| drop(self.subscribed.finish(job.id, false)));
             let mut live = live.into_iter();
             if let Some(first) = live.next() {
-                return Some(Run { first, more: live.collect() });
+                return Some(Run { first, more: live.collect(), turn });
             }
         }
     }
@@ -116,7 +136,7 @@ impl Worker {
                 Some(layers) => self.finish(through(layers, self.request(&run, future))).await,
             },
         };
-        let Run { first, more } = run;
+        let Run { first, more, turn: _turn } = run;
         if more.is_empty() {
             let _settled = self.conclude(first, result).await;
         } else {
@@ -152,9 +172,11 @@ impl Worker {
     /// Awaits the handler, within its time, and takes in what it returned.
     async fn finish<F: Future<Output: IntoOutcome>>(&mut self, future: F) -> Result<(), Failure> {
         let limit = self.subscribed.config.timeout_or_forever();
-        let returned = match tokio::time::timeout(limit, AssertUnwindSafe(future).catch_unwind()).await {
-            Err(_) => return Err(Failure::timed_out(limit)),
-            Ok(Err(panic)) => return Err(Failure::panicked(&panic_text(&*panic))),
+        // The future is dropped inside, because that may panic too.
+        let in_time = async { tokio::time::timeout(limit, future).await };
+        let returned = match AssertUnwindSafe(in_time).catch_unwind().await {
+            Err(panic) => return Err(Failure::panicked(&panic_text(&*panic))),
+            Ok(Err(_)) => return Err(Failure::timed_out(limit)),
             Ok(Ok(returned)) => returned,
         };
         let outputs = &mut self.outputs;
