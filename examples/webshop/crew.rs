@@ -133,7 +133,9 @@ impl Crew {
                 if desk.name == "shop" { (placed, answers) } else { (desk.sum(|stats| stats.published), placed) };
             let (handled, dead_lettered) = (desk.sum(|stats| stats.handled), desk.sum(|stats| stats.dead_lettered));
             let in_flight = desk.sum(|stats| stats.in_flight as u64);
-            let waiting = sent.saturating_sub(handled + dead_lettered).max(in_flight);
+            let unhandled = sent.saturating_sub(handled + dead_lettered);
+            // What a killed instance did last is not known: then only what is here counts, and the ledger proves the rest.
+            let waiting = if desk.killed.is_empty() { unhandled.max(in_flight) } else { in_flight };
             let retried = desk.sum(|stats| stats.retried);
             ServiceRow { service: display(desk.name), published, handled, retried, dead_lettered, waiting }
         };

@@ -59,14 +59,14 @@ async fn webshop(flags: Flags) -> Result<bool, BoxError> {
         std::fs::create_dir_all(directory)?;
     }
     let (ledger, journal, totals) = (Ledger::default(), Journal::default(), Totals::default());
-    let carrier = Carrier { flaky: flags.flaky, seed: flags.seed };
+    let carrier = Carrier::new(flags.flaky, flags.seed);
     let outage = flags.outage()?;
     let trouble = |name: &str, service: Service| match outage {
         Some((down, time)) if down == name => service.layer(trouble::down_for(time)),
         _ => service,
     };
     let instances = |one: &dyn Fn() -> Service| (0..flags.instances.get()).map(|_| one()).collect::<Vec<_>>();
-    let logistics = || trouble("logistics", logistics::service(carrier, &journal));
+    let logistics = || trouble("logistics", logistics::service(carrier.clone(), &journal));
     let billing = || trouble("billing", billing::service(Archive(flags.out.clone()), &journal));
     let crm = || trouble("crm", crm::service(&journal));
 
