@@ -12,7 +12,7 @@ use toml::{Table, Value};
 /// The file that [`Config::load`] reads, unless `TIDINGS_CONFIG` names another.
 const FILE: &str = "tidings.toml";
 /// Transports that exist, compiled in or not: their sections may stand in any configuration.
-const TRANSPORTS: [&str; 4] = ["memory", "nats", "rabbitmq", "kafka"];
+pub(crate) const TRANSPORTS: [&str; 4] = ["memory", "nats", "rabbitmq", "kafka"];
 
 /// Which transport a bus uses, and with what settings. The broker is configuration: nothing else in a program names it.
 ///

@@ -1,9 +1,10 @@
 //! From a configuration to a connected transport: the only place that knows all transports.
 
+use crate::config::TRANSPORTS;
 use crate::{BusConfig, Config, Error, ErrorKind, Result};
 use std::sync::Arc;
-use tidings_core::Connect;
-use tidings_core::transport::{BoxFuture, Topology, Transport};
+use tidings_core::transport::{BoxFuture, Capabilities, Topology, Transport};
+use tidings_core::{Capable, Connect};
 
 /// URL schemes, the transport each belongs to, and the feature that compiles it in.
 const SCHEMES: [(&str, &str); 7] = [
@@ -77,6 +78,39 @@ impl Config {
             }
             other => Err(Error::new(ErrorKind::Internal, format!("transport `{other}` has no connector"))),
         }
+    }
+}
+
+impl Config {
+    /// `None` for a transport that is not compiled in; its section is read strictly otherwise.
+    fn capabilities_of(&self, name: &'static str) -> Result<Option<Capabilities>> {
+        match name {
+            #[cfg(feature = "memory")]
+            "memory" => {
+                self.section::<tidings_memory::MemoryConfig>(name)?;
+                Ok(Some(tidings_memory::capabilities()))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Capable for Config {
+    /// Of the selected transport, and of each that has a section and is compiled in.
+    fn capabilities(&self) -> Result<Vec<(&'static str, Capabilities)>> {
+        let selected = self.selected().ok();
+        let mut all = Vec::new();
+        for name in TRANSPORTS {
+            if selected == Some(name) || self.sections.contains_key(name) {
+                all.extend(self.capabilities_of(name)?.map(|can| (name, can)));
+            }
+        }
+        if all.is_empty() {
+            // Nothing checked is nothing proven.
+            let why = "no configured transport is compiled in; set `transport`, or add a section";
+            return Err(Error::new(ErrorKind::Config, why).with_operation("check"));
+        }
+        Ok(all)
     }
 }
 

@@ -6,9 +6,9 @@ mod connect;
 pub use config::Config;
 pub use tidings_codecs as codecs;
 pub use tidings_core::{
-    Backoff, Batch, BoxError, Bus, BusConfig, BusEvent, Connect, DeadLetterBox, DeadLetterInfo, DeadLetterReason,
-    Drained, Error, ErrorKind, Event, EventStream, HandlerError, Headers, Key, Message, MessageId, OutagePolicy,
-    PublishErrors, PublishOptions, RawMessage, Result, RetryMode, RetryPolicy, Running, Service, Stats,
+    Backoff, Batch, BoxError, Bus, BusConfig, BusEvent, Capable, Connect, DeadLetterBox, DeadLetterInfo,
+    DeadLetterReason, Drained, Error, ErrorKind, Event, EventStream, HandlerError, Headers, Key, Message, MessageId,
+    OutagePolicy, PublishErrors, PublishOptions, RawMessage, Result, RetryMode, RetryPolicy, Running, Service, Stats,
     SubscriptionConfig, SubscriptionName, Text, ToKey, Topic, TopicPattern, Unrouted, handler, header, transport,
 };
 #[cfg(feature = "macros")]

@@ -2,7 +2,7 @@
 
 use crate::handler::encode;
 use crate::publish::{Failures, Post, Sender, Terms};
-use crate::transport::{BoxFuture, Destination, Fate, Health, PublishFailure, Transport};
+use crate::transport::{BoxFuture, Capabilities, Destination, Fate, Health, PublishFailure, Transport};
 use crate::{Clock, Error, ErrorKind, Event, EventStream, Events, Headers, Message, MessageId, Result, Text};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -85,6 +85,24 @@ fn default_source() -> String {
 pub trait Connect: Send {
     /// Connects the transport.
     fn connect(self) -> BoxFuture<Result<(Arc<dyn Transport>, BusConfig)>>;
+}
+
+/// What tells, without connecting, what its transports can do.
+///
+/// # For implementors
+/// The facade's `Config` implements it, for [`Service::check`](crate::Service::check).
+pub trait Capable {
+    /// What each transport that may be selected can do, by name, as far as that is known offline.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for a section that cannot be read.
+    fn capabilities(&self) -> Result<Vec<(&'static str, Capabilities)>>;
+}
+
+impl Capable for Bus {
+    fn capabilities(&self) -> Result<Vec<(&'static str, Capabilities)>> {
+        Ok(vec![(self.0.transport.name(), self.0.transport.capabilities().clone())])
+    }
 }
 
 impl Bus {

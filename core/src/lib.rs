@@ -24,7 +24,7 @@ mod text;
 mod topic;
 pub mod transport;
 
-pub use bus::{Bus, BusConfig, Connect, PublishErrors, PublishOptions};
+pub use bus::{Bus, BusConfig, Capable, Connect, PublishErrors, PublishOptions};
 pub use clock::{Clock, from_rfc3339, to_rfc3339};
 pub use dead_letter::{DeadLetterReason, header};
 pub use error::{BoxError, Error, ErrorKind, Result};

@@ -224,3 +224,23 @@ async fn what_is_used_after_close_says_so() {
     let error = Service::new("crm").on(async |_: Viewed| ()).start(&bus).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed);
 }
+
+#[tokio::test]
+async fn a_service_is_checked_against_every_configured_transport_without_one() {
+    struct Poor;
+    impl tidings::Capable for Poor {
+        fn capabilities(&self) -> tidings::Result<Vec<(&'static str, tidings::transport::Capabilities)>> {
+            let rich = Config::from_url("memory://x")?.capabilities()?.remove(0).1;
+            let mut short = rich.clone();
+            short.max_hold = Some(Duration::from_secs(60));
+            Ok(vec![("rich", rich), ("poor", tidings::transport::Capabilities::NONE), ("short", short)])
+        }
+    }
+    let keyed = Service::new("crm").on(async |_: Order| ());
+    keyed.check(&Config::from_toml("[memory]").unwrap()).unwrap();
+    let error = keyed.check(&Poor).unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().starts_with("poor"), "{error}");
+    let error = Service::new("crm").on(async |_: Viewed| ()).check(&Poor).unwrap_err();
+    assert!(error.to_string().starts_with("short") && error.to_string().contains("lower max_in_flight"), "{error}");
+    assert_eq!(keyed.check(&Config::from_toml("transport = 'nats'").unwrap()).unwrap_err().kind(), ErrorKind::Config);
+}

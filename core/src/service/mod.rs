@@ -18,7 +18,7 @@ use crate::handler::{
     Args, EventInfo, Handler, IntoOutcome, Next, Outputs, Refuse, Request, Route, Routed, Scope, Setup, States, Wrap,
 };
 use crate::transport::{Acker, Capabilities, Ordering, Role, SubscriptionSpec, Topology};
-use crate::{Bus, BusEvent, Error, ErrorKind, HandlerError, Result, RetryMode, SubscriptionName, Text};
+use crate::{Bus, BusEvent, Capable, Error, ErrorKind, HandlerError, Result, RetryMode, SubscriptionName, Text};
 use lanes::{Job, JobId, Lanes};
 use outage::{Outage, Told};
 use parking_lot::Mutex;
@@ -166,13 +166,13 @@ impl Service {
         Ok(running)
     }
 
-    /// Checks, offline, everything that [`start`](Self::start) checks, against what a transport can do: for a test that
-    /// holds a service to every transport it may be configured for.
+    /// Checks, offline, everything that [`start`](Self::start) checks, against what each configured transport can do: for a
+    /// test that holds a service to every broker it may be configured for.
     ///
     /// # Errors
-    /// As [`start`](Self::start), without what only the broker knows.
-    pub fn check(&self, transport: &'static str, capabilities: &Capabilities) -> Result<()> {
-        self.plan(transport, capabilities).map(|_| ())
+    /// As [`start`](Self::start), for the first transport that fails, without what only its broker knows.
+    pub fn check(&self, config: &impl Capable) -> Result<()> {
+        config.capabilities()?.iter().try_for_each(|(transport, can)| self.plan(transport, can).map(|_| ()))
     }
 
     fn plan_on(&self, bus: &Bus) -> Result<Vec<Planned>> {

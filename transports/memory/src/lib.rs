@@ -21,4 +21,4 @@ mod testing;
 mod tests;
 
 pub use config::MemoryConfig;
-pub use transport::{MemoryBroker, MemoryTransport, Stats};
+pub use transport::{MemoryBroker, MemoryTransport, Stats, capabilities};

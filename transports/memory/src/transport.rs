@@ -116,7 +116,9 @@ impl MemoryBroker {
     }
 }
 
-fn capabilities() -> Capabilities {
+/// What this transport can do, known without connecting.
+#[must_use]
+pub fn capabilities() -> Capabilities {
     let mut can = Capabilities::NONE;
     can.ordered_repeats = true;
     can.publish_delay = true;
