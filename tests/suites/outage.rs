@@ -59,3 +59,29 @@ async fn a_few_poisoned_events_are_no_outage() {
     eventually("4 dead letters", || async { running.stats().all(|(_, stats)| stats.dead_lettered == 4) }).await;
     assert!(running.stats().all(|(_, stats)| stats.failed == 20 && !stats.outage));
 }
+
+#[tokio::test(start_paused = true)]
+async fn two_thousand_events_a_second_are_caught_up_with_within_a_second_of_its_end() {
+    let (bus, db, seen): (_, Database, Seen<u64>) = (bus().await, Database::default(), Seen::default());
+    let running = Service::new("crm").state(db.clone()).state(seen.clone()).on(store).start(&bus).await.unwrap();
+    let mut events = bus.events();
+    let publisher = bus.clone();
+    let publishing = tokio::spawn(async move {
+        let mut pace = tokio::time::interval(Duration::from_micros(500));
+        for number in 0..14_000 {
+            pace.tick().await;
+            publisher.publish(&order(&format!("customer-{}", number % 500), number)).await.unwrap();
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    db.0.store(true, SeqCst);
+    while !matches!(events.next().await, Some(BusEvent::OutageBegan { .. })) {}
+    assert!(matches!(running.health(), tidings::transport::Health::Degraded(_)), "health tells");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    db.0.store(false, SeqCst);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(running.stats().all(|(_, s)| !s.outage && s.in_flight < 20), "caught up: {running:?}");
+    publishing.await.unwrap();
+    seen.count(14_000).await;
+    assert!(running.stats().all(|(_, stats)| stats.dead_lettered == 0));
+}
