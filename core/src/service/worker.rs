@@ -105,8 +105,11 @@ impl Worker {
             }
             let (live, lost): (Vec<_>, Vec<_>) =
                 std::iter::once(first).chain(more).partition(|job| job.delivery.acker.lease() == Lease::Live);
-            // Dropping them settles nothing: they were, or will be, handed out again.
-            lost.iter().for_each(|job| drop(self.subscribed.finish(job.id, false)));
+            // Where the lease is lost this settles nothing; where it is being revoked, another instance gets it.
+            for job in lost {
+                drop(self.subscribed.finish(job.id, false));
+                job.give_back();
+            }
             let mut live = live.into_iter();
             if let Some(first) = live.next() {
                 return Some(Run { first, more: live.collect(), turn });
