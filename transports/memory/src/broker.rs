@@ -4,7 +4,7 @@
 
 use crate::dead_letters::Buried;
 use crate::error::{closed, error};
-use crate::group::{Asking, Group};
+use crate::group::{Asking, Cut, Group};
 use crate::log::{Id, Log};
 use crate::share::{FnvMap, slot_of};
 use crate::timers::{Timers, after};
@@ -383,11 +383,22 @@ impl State {
                 error(ErrorKind::NotFound, "the subscription does not exist").with_context("subscription", name)
             );
         };
-        self.groups[*group].lose_leases(&self.log, wait, || {
+        let group = *group;
+        self.cut_off(group, &Cut { client: None, wait });
+        Ok(())
+    }
+
+    /// All instances of one transport lose what they were handed.
+    pub(crate) fn cut(&mut self, client: u64, wait: Option<Instant>) {
+        let groups: Vec<_> = self.groups.iter().map(|(group, _)| group).collect();
+        groups.into_iter().for_each(|group| self.cut_off(group, &Cut { client: Some(client), wait }));
+    }
+
+    fn cut_off(&mut self, group: usize, whose: &Cut) {
+        self.groups[group].lose_leases(&self.log, whose, || {
             self.numbers += 1;
             self.numbers
         });
-        Ok(())
     }
 
     /// Disconnects a transport; says how many of its publishes still waited.

@@ -39,6 +39,13 @@ pub(crate) struct Group {
     turn: usize,
 }
 
+/// Who is cut off, and for how long what they left open stays away.
+pub(crate) struct Cut {
+    /// The instances of this transport; all, if `None`.
+    pub(crate) client: Option<u64>,
+    pub(crate) wait: Option<Instant>,
+}
+
 /// One open instance.
 pub(crate) struct Member {
     pub(crate) instance: u64,
@@ -471,11 +478,13 @@ impl Group {
     }
 
     /// Each instance loses what it was handed, as if it had been cut off and had come back.
-    pub(crate) fn lose_leases(&mut self, log: &Log, wait: Option<Instant>, mut next_rank: impl FnMut() -> u64) {
-        let keys: Vec<_> = self.members.iter().map(|(key, _)| key).collect();
+    pub(crate) fn lose_leases(&mut self, log: &Log, whose: &Cut, mut next_rank: impl FnMut() -> u64) {
+        let theirs =
+            self.members.iter().filter(|(_, member)| whose.client.is_none_or(|client| client == member.client));
+        let keys: Vec<_> = theirs.map(|(key, _)| key).collect();
         for key in keys {
             let member = &mut self.members[key];
-            if member.owned.is_empty() {
+            if member.owned.is_empty() && member.out.is_empty() {
                 continue;
             }
             member.epoch.fetch_add(1, Relaxed);
@@ -488,7 +497,7 @@ impl Group {
                 }
             }
             let out = std::mem::take(&mut member.out);
-            self.give_back_all(log, out, wait);
+            self.give_back_all(log, out, whose.wait);
         }
         self.rebalance();
     }

@@ -48,6 +48,8 @@ pub struct MemoryTransport {
 pub struct MemoryBroker {
     broker: Arc<Broker>,
     space: usize,
+    client: u64,
+    events: Events,
 }
 
 /// What a broker holds at the moment, over all namespaces.
@@ -78,8 +80,8 @@ impl MemoryTransport {
             flushed: Notify::new(),
         });
         drop(state);
-        let native = MemoryBroker { broker, space: client.space };
         let events = Events::default();
+        let native = MemoryBroker { broker, space: client.space, client: client.id, events: events.clone() };
         events.tell(BusEvent::Connected);
         Ok(Arc::new(Self { native, client, capabilities: capabilities(), events }))
     }
@@ -113,6 +115,15 @@ impl MemoryBroker {
     pub fn lose_leases(&self, subscription: &SubscriptionName) -> Result<()> {
         let wait = self.broker.redelivery();
         self.broker.lock().lose_leases(self.space, subscription, wait)
+    }
+
+    /// Cuts this transport off for a moment: what its instances were handed is lost and comes again, here or to a
+    /// stand-by of another transport. Replays are not cut. For tests, as [`lose_leases`](Self::lose_leases).
+    pub fn cut(&self) {
+        self.events.tell(BusEvent::Disconnected { reason: "cut, as asked".into() });
+        let wait = self.broker.redelivery();
+        self.broker.lock().cut(self.client, wait);
+        self.events.tell(BusEvent::Connected);
     }
 }
 

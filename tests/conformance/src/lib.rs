@@ -1,0 +1,12 @@
+#![doc = include_str!("../README.md")]
+#![allow(clippy::unwrap_used)] // a case fails by panicking
+
+mod broker;
+mod cases;
+mod env;
+mod events;
+mod reader;
+mod suite;
+
+pub use broker::{Broker, Factory};
+pub use suite::{Report, Suite};

@@ -1,0 +1,11 @@
+//! The conformance suite on every transport of this repository.
+//!
+//! `TIDINGS_TEST_TRANSPORTS=memory,nats` chooses among them.
+
+use std::process::ExitCode;
+use tidings_conformance::Suite;
+use tidings_tests::factories::Memory;
+
+fn main() -> ExitCode {
+    Suite::new().with(Memory).main()
+}
