@@ -1,5 +1,6 @@
 //! What the suites share: events, buses of their own, and waiting for a thing with a deadline.
 
+pub mod broken;
 pub mod factories;
 pub mod faulty;
 
