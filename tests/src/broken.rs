@@ -10,7 +10,7 @@ use tidings::transport::{
     Acker, BoxFuture, Delivery, Destination, Notice, Outgoing, Polled, Publisher, ReplaySpec, Settle, Settlement,
     Subscription, SubscriptionSpec, Tag, Transport, submit_and_wait,
 };
-use tidings::{Message, SubscriptionName, header};
+use tidings::{SubscriptionName, header};
 use tidings_conformance::{Broker, Factory};
 use tidings_core::Result;
 use tidings_testing::wrap::{Intercept, Intercepted, Tamper, Wrapped, settle};

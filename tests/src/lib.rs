@@ -3,6 +3,7 @@
 pub mod broken;
 pub mod factories;
 pub mod faulty;
+pub mod proxy;
 
 use std::future::Future;
 use std::sync::Arc;
