@@ -14,5 +14,10 @@ mod transport;
 mod wire;
 mod worker;
 
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
 pub use config::DirectoryConfig;
 pub use transport::{DirectoryTransport, capabilities};

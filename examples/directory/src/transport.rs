@@ -149,6 +149,8 @@ impl Transport for DirectoryTransport {
 // Both make the handle on the thread: if nobody waits for it any more it is dropped, and what it opened with it.
 
 fn subscribe(disk: &mut Disk, link: Arc<Link>, spec: SubscriptionSpec) -> Result<DirectorySubscription> {
+    // Who was dropped before makes room; what fails is told when it fails again.
+    drop(disk.read());
     let from = topology::subscription(&mut disk.store, &spec)?;
     let place = Place::open(&disk.store, spec.name.clone(), from)?;
     let ordered = spec.ordering == Ordering::Key;

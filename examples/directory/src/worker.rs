@@ -216,7 +216,8 @@ impl Disk {
         published.and(moved).and(read)
     }
 
-    fn read(&mut self) -> Result<()> {
+    /// One turn of each reader.
+    pub(crate) fn read(&mut self) -> Result<()> {
         let mut done = Ok(());
         for reader in &mut self.readers {
             let turn = reader.turn(&mut self.store, &self.events);
