@@ -141,6 +141,7 @@ impl Reader {
     fn take_over(&mut self, store: &mut Store) -> Result<()> {
         let (Some(place), None) = (&self.place, &self.cursor) else { return Ok(()) };
         if place.is_mine()? {
+            self.bad.clear();
             let mut look = Look { wanted: &self.wanted, store, bad: &mut self.bad };
             self.cursor = Some(Cursor::load(&place.folder.join("state.json"), place.from, &mut look)?);
             (self.dirty, self.told) = (true, true);

@@ -144,7 +144,9 @@ impl Store {
     fn due(&self) -> Result<Vec<PathBuf>> {
         let (folder, now) = (self.delayed(), digits(nanos(SystemTime::now())));
         let mut due = names(&folder)?;
-        due.retain(|name| name.as_str() <= now.as_str());
+        // Whatever else lies there is not ours.
+        let ours = |name: &str| name.len() == 41 && name.bytes().all(|b| b.is_ascii_digit() || b == b'-');
+        due.retain(|name| ours(name) && name.as_str() <= now.as_str());
         due.sort_unstable();
         Ok(due.into_iter().map(|name| folder.join(name)).collect())
     }

@@ -1,11 +1,11 @@
-//! A message as a file: a magic, a checksum, then each field with its length before it.
+//! A message as a file: a line with a checksum, a line of JSON with everything but the payload, the payload.
 
+use crate::store::nanos;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime};
 use tidings_core::transport::Destination;
-use tidings_core::{Key, Message, MessageId, SubscriptionName, Text, Topic};
-
-const MAGIC: &[u8; 4] = b"TDG1";
+use tidings_core::{Message, MessageId, SubscriptionName, Topic, from_rfc3339, to_rfc3339};
 
 /// What a file holds.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,37 +16,100 @@ pub(crate) struct Stored {
     pub(crate) message: Message,
 }
 
+/// The line of JSON. Bytes are written as text, each as the character of its number, because they nearly always are text.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope {
+    to: To,
+    received: u64,
+    id: String,
+    source: String,
+    event_type: String,
+    version: u32,
+    topic: String,
+    key: Option<String>,
+    time: Option<String>,
+    recorded_time: Option<String>,
+    content_type: String,
+    correlation_id: Option<String>,
+    causation_id: Option<String>,
+    attributes: Vec<(String, String)>,
+    headers: Vec<(String, String)>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum To {
+    Topic(String),
+    Subscription(String),
+    DeadLetter(String),
+}
+
 impl Stored {
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut put = Put(Vec::with_capacity(self.message.size()));
-        let (kind, name) = match &self.to {
-            Destination::Topic(topic) => (b"T", topic.as_str()),
-            Destination::Subscription(name) => (b"S", name.as_str()),
-            Destination::DeadLetter(name) => (b"D", name.as_str()),
-        };
-        let m = &self.message;
-        put.field(kind).field(name).time(self.received);
-        put.field(m.id.to_string()).field(&*m.source).field(&*m.event_type).field(m.version.to_le_bytes());
-        put.field(m.topic.as_str()).maybe(m.key.as_ref().map(Key::as_bytes));
-        put.maybe_time(m.time).maybe_time(m.recorded_time).field(&*m.content_type);
-        for id in [&m.correlation_id, &m.causation_id] {
-            put.maybe(id.as_ref().map(ToString::to_string));
-        }
-        put.count(m.attributes.len()).pairs(m.attributes.iter().map(|(name, value)| (name, value.as_bytes())));
-        put.count(m.headers.len()).pairs(m.headers.iter().map(|(name, value)| (name, value.as_ref())));
-        put.field(&m.payload);
-        let sum = checksum(&put.0).to_le_bytes();
-        [MAGIC, &sum[..], &put.0].concat()
+        // Numbers and text: there is nothing in it that JSON cannot say.
+        let envelope = serde_json::to_string(&Envelope::of(self)).unwrap_or_default();
+        let rest = [envelope.as_bytes(), b"\n", &self.message.payload].concat();
+        [format!("{:016x}\n", checksum(&rest)).as_bytes(), &rest].concat()
     }
 
     /// Reads a file; if it is damaged, says why.
     pub(crate) fn decode(file: &[u8]) -> Result<Self, &'static str> {
-        let rest = file.strip_prefix(MAGIC).ok_or("it is not a message of this transport")?;
-        let (sum, body) = rest.split_first_chunk().ok_or("it is cut off")?;
-        if u64::from_le_bytes(*sum) != checksum(body) {
+        let (sum, rest) = line(file).ok_or("it is cut off")?;
+        if sum != format!("{:016x}", checksum(rest)).as_bytes() {
             return Err("its checksum is wrong");
         }
-        Take(body).stored().ok_or("a field is malformed")
+        let (envelope, payload) = line(rest).ok_or("it is cut off")?;
+        let envelope: Envelope = serde_json::from_slice(envelope).map_err(|_| "its envelope is malformed")?;
+        envelope.open(payload).ok_or("a field of its envelope is malformed")
+    }
+}
+
+impl Envelope {
+    fn of(Stored { to, received, message: m }: &Stored) -> Self {
+        Self {
+            to: match to {
+                Destination::Topic(topic) => To::Topic(topic.to_string()),
+                Destination::Subscription(name) => To::Subscription(name.to_string()),
+                Destination::DeadLetter(name) => To::DeadLetter(name.to_string()),
+            },
+            received: nanos(*received),
+            id: m.id.to_string(),
+            source: m.source.to_string(),
+            event_type: m.event_type.to_string(),
+            version: m.version,
+            topic: m.topic.to_string(),
+            key: m.key.as_ref().map(|key| text(key.as_bytes())),
+            time: m.time.map(to_rfc3339),
+            recorded_time: m.recorded_time.map(to_rfc3339),
+            content_type: m.content_type.to_string(),
+            correlation_id: m.correlation_id.as_ref().map(ToString::to_string),
+            causation_id: m.causation_id.as_ref().map(ToString::to_string),
+            attributes: m.attributes.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
+            headers: m.headers.iter().map(|(name, value)| (name.to_string(), text(value))).collect(),
+        }
+    }
+
+    fn open(self, payload: &[u8]) -> Option<Stored> {
+        let to = match self.to {
+            To::Topic(name) => Destination::Topic(Topic::new(name).ok()?),
+            To::Subscription(name) => Destination::Subscription(SubscriptionName::new(name).ok()?),
+            To::DeadLetter(name) => Destination::DeadLetter(SubscriptionName::new(name).ok()?),
+        };
+        let time = |text: Option<String>| text.map_or(Some(None), |text| from_rfc3339(&text).map(Some));
+        let mut message = Message::new(self.id.into(), self.source, self.event_type, Topic::new(self.topic).ok()?);
+        message = message.with_payload(self.content_type, Bytes::copy_from_slice(payload));
+        message.version = self.version;
+        message.key = self.key.map_or(Some(None), |key| bytes(&key).map(|key| Some(key.as_slice().into())))?;
+        (message.time, message.recorded_time) = (time(self.time)?, time(self.recorded_time)?);
+        message.correlation_id = self.correlation_id.map(MessageId::from);
+        message.causation_id = self.causation_id.map(MessageId::from);
+        message.attributes = self.attributes.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        for (name, value) in self.headers {
+            message.headers.append_unchecked(name, bytes(&value)?);
+        }
+        let received = SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(self.received))?;
+        Some(Stored { to, received, message })
     }
 }
 
@@ -55,127 +118,31 @@ fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-struct Put(Vec<u8>);
-
-impl Put {
-    fn field(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
-        let bytes = bytes.as_ref();
-        self.0.extend((bytes.len() as u64).to_le_bytes());
-        self.0.extend(bytes);
-        self
-    }
-
-    fn maybe(&mut self, bytes: Option<impl AsRef<[u8]>>) -> &mut Self {
-        match bytes {
-            Some(bytes) => self.field([1]).field(bytes),
-            None => self.field([]),
-        }
-    }
-
-    fn time(&mut self, time: SystemTime) -> &mut Self {
-        let nanos = |time: Duration| i128::try_from(time.as_nanos()).unwrap_or(i128::MAX);
-        let since = time.duration_since(SystemTime::UNIX_EPOCH);
-        self.field(since.map_or_else(|before| -nanos(before.duration()), nanos).to_le_bytes())
-    }
-
-    fn maybe_time(&mut self, time: Option<SystemTime>) -> &mut Self {
-        match time {
-            Some(time) => self.field([1]).time(time),
-            None => self.field([]),
-        }
-    }
-
-    fn count(&mut self, count: usize) -> &mut Self {
-        self.field((count as u64).to_le_bytes())
-    }
-
-    fn pairs<'a>(&mut self, pairs: impl Iterator<Item = (&'a Text, &'a [u8])>) {
-        for (name, value) in pairs {
-            self.field(name.as_bytes()).field(value);
-        }
-    }
+fn line(file: &[u8]) -> Option<(&[u8], &[u8])> {
+    let end = file.iter().position(|byte| *byte == b'\n')?;
+    Some((&file[..end], &file[end + 1..]))
 }
 
-/// Reads what [`Put`] wrote; `None` for whatever it cannot have written.
-struct Take<'a>(&'a [u8]);
-
-impl<'a> Take<'a> {
-    fn stored(mut self) -> Option<Stored> {
-        let (kind, name) = (self.field()?, self.text()?);
-        let to = match kind {
-            b"T" => Destination::Topic(Topic::new(name).ok()?),
-            b"S" => Destination::Subscription(SubscriptionName::new(name).ok()?),
-            b"D" => Destination::DeadLetter(SubscriptionName::new(name).ok()?),
-            _ => return None,
-        };
-        let received = self.time()?;
-        let (id, source, event_type) = (self.text()?, self.text()?, self.text()?);
-        let version = u32::from_le_bytes(self.array()?);
-        let mut message = Message::new(id.into(), source, event_type, Topic::new(self.text()?).ok()?);
-        message.version = version;
-        message.key = self.maybe(Self::field)?.map(Key::from);
-        message.time = self.maybe(Self::time)?;
-        message.recorded_time = self.maybe(Self::time)?;
-        message.content_type = self.text()?.into();
-        message.correlation_id = self.maybe(Self::text)?.map(MessageId::from);
-        message.causation_id = self.maybe(Self::text)?.map(MessageId::from);
-        for _ in 0..u64::from_le_bytes(self.array()?) {
-            message.attributes.push((self.text()?.into(), self.text()?.into()));
-        }
-        for _ in 0..u64::from_le_bytes(self.array()?) {
-            message.headers.append_unchecked(self.text()?, Bytes::copy_from_slice(self.field()?));
-        }
-        message.payload = Bytes::copy_from_slice(self.field()?);
-        self.0.is_empty().then_some(Stored { to, received, message })
-    }
-
-    fn field(&mut self) -> Option<&'a [u8]> {
-        let (len, rest) = self.0.split_first_chunk()?;
-        let (field, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*len)).ok()?)?;
-        self.0 = rest;
-        Some(field)
-    }
-
-    fn text(&mut self) -> Option<&'a str> {
-        std::str::from_utf8(self.field()?).ok()
-    }
-
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        self.field()?.try_into().ok()
-    }
-
-    fn time(&mut self) -> Option<SystemTime> {
-        let nanos = i128::from_le_bytes(self.array()?);
-        let away = duration(nanos.unsigned_abs())?;
-        let epoch = SystemTime::UNIX_EPOCH;
-        if nanos < 0 { epoch.checked_sub(away) } else { epoch.checked_add(away) }
-    }
-
-    fn maybe<T>(&mut self, read: impl FnOnce(&mut Self) -> Option<T>) -> Option<Option<T>> {
-        match self.field()? {
-            [] => Some(None),
-            [1] => read(self).map(Some),
-            _ => None,
-        }
-    }
+fn text(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| char::from(*byte)).collect()
 }
 
-fn duration(nanos: u128) -> Option<Duration> {
-    let second = 1_000_000_000;
-    Some(Duration::new(u64::try_from(nanos / second).ok()?, u32::try_from(nanos % second).ok()?))
+fn bytes(text: &str) -> Option<Vec<u8>> {
+    text.chars().map(|c| u8::try_from(c).ok()).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tidings_core::Key;
 
     fn stored() -> Stored {
         let topic = Topic::new("shop.order").unwrap();
         let mut message = Message::new("é-1".into(), "/shop", "shop.order", topic.clone());
-        message = message.with_key(Key::from(&b"\xff\0"[..]).to_string()).with_payload("a/b", vec![0, 255, 1]);
+        message = message.with_key(Key::from(&b"\xff\0k"[..])).with_payload("a/b", vec![0, 10, 255]);
         message.version = 3;
-        message.time = SystemTime::UNIX_EPOCH.checked_sub(Duration::new(7, 1));
-        message.recorded_time = SystemTime::UNIX_EPOCH.checked_add(Duration::new(7, 1));
+        message.time = SystemTime::UNIX_EPOCH.checked_sub(Duration::from_micros(7_000_001));
+        message.recorded_time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_micros(7_000_001));
         message.causation_id = Some(MessageId::new(SystemTime::now()));
         message.attributes.push(("subject".into(), "x".into()));
         message.headers.append_unchecked("X-Any name", &b"\xff"[..]);
@@ -200,8 +167,8 @@ mod tests {
             broken[at] ^= fastrand::u8(1..);
             assert!(Stored::decode(&broken).is_err());
             // Behind a checksum that is right, too.
-            let sum = checksum(&broken[12..]).to_le_bytes();
-            broken[4..12].copy_from_slice(&sum);
+            let sum = format!("{:016x}", checksum(&broken[17..]));
+            broken[..16].copy_from_slice(sum.as_bytes());
             let _ = Stored::decode(&broken);
         }
     }
