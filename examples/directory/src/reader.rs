@@ -1,7 +1,7 @@
 //! The thread's side of an instance: who is active, what is handed out, what is saved.
 
 use crate::cursor::{Cursor, Look, Wanted};
-use crate::settle::{Asked, Desk, End, Ready};
+use crate::settle::{Asked, Desk, End, Ready, is_given_back};
 use crate::store::{Damaged, Store, open_lock, replace, sync, try_lock};
 use crate::wire::Stored;
 use std::fs::File;
@@ -132,6 +132,9 @@ impl Reader {
     fn settle(&mut self, asked: &Asked) {
         let Some(cursor) = &mut self.cursor else { return };
         asked.untaken.iter().for_each(|position| cursor.take_back(*position));
+        if asked.settled.iter().any(|(_, how)| is_given_back(how)) {
+            self.ready.drain(..).for_each(|ready| cursor.take_back(ready.position));
+        }
         let settled = asked.settled.iter().filter(|(position, how)| cursor.settle(*position, *how)).count();
         self.desk.count(settled as u64, (asked.settled.len() - settled) as u64);
         self.dirty |= !(asked.untaken.is_empty() && asked.settled.is_empty());

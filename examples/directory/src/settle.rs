@@ -24,6 +24,8 @@ struct State {
     // From the instance to the thread.
     wanted: usize,
     settled: Vec<(u64, Settlement)>,
+    /// Was ready, and will not be taken.
+    untaken: Vec<u64>,
     stopped: bool,
     dropped: bool,
     // From the thread to the instance.
@@ -56,7 +58,7 @@ pub(crate) struct Asked {
     pub(crate) settled: Vec<(u64, Settlement)>,
     pub(crate) stopped: bool,
     pub(crate) dropped: bool,
-    /// What was ready when it stopped, and will not be taken.
+    /// What was ready and will not be taken.
     pub(crate) untaken: Vec<u64>,
 }
 
@@ -143,13 +145,15 @@ impl Desk {
     pub(crate) fn ask(&self) -> Asked {
         let mut state = self.state.lock();
         let stopped = state.stopped || state.end.is_some();
-        let untaken = if stopped { state.ready.drain(..).map(|ready| ready.position).collect() } else { Vec::new() };
+        if stopped {
+            state.call_back(0);
+        }
         Asked {
             wanted: state.wanted.saturating_sub(state.ready.len()),
             settled: std::mem::take(&mut state.settled),
             stopped,
             dropped: state.dropped,
-            untaken,
+            untaken: std::mem::take(&mut state.untaken),
         }
     }
 
@@ -167,6 +171,10 @@ impl Desk {
         let before = (state.ready.len(), state.notices.len());
         state.ready.extend(ready);
         state.notices.extend(notices);
+        // What was given back meanwhile comes before these.
+        if let Some(first) = state.settled.iter().filter(|(_, how)| is_given_back(how)).map(|(at, _)| *at).min() {
+            state.call_back(first);
+        }
         if before != (state.ready.len(), state.notices.len()) {
             state.waker.take().into_iter().for_each(Waker::wake);
         }
@@ -183,11 +191,27 @@ impl Desk {
     }
 }
 
+impl State {
+    /// Nothing that is ready and newer than this is taken any more: it may have to wait for what was given back.
+    fn call_back(&mut self, after: u64) {
+        let newer = self.ready.iter().filter(|ready| ready.position > after);
+        self.untaken.extend(newer.map(|ready| ready.position));
+        self.ready.retain(|ready| ready.position <= after);
+    }
+}
+
+pub(crate) fn is_given_back(settlement: &Settlement) -> bool {
+    !matches!(settlement, Settlement::Ack)
+}
+
 impl Settle for Desk {
     fn settle(&self, tag: Tag, settlement: Settlement) {
         let mut state = self.state.lock();
         if self.epoch.load(SeqCst) == tag.epoch {
             state.settled.push((tag.seq, settlement));
+            if is_given_back(&settlement) {
+                state.call_back(tag.seq);
+            }
             drop(state);
             self.queue.poke();
         } else {

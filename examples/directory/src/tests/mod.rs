@@ -1,5 +1,7 @@
 //! The essentials; the conformance suite asks for the rest.
 
+mod chaos;
+
 use crate::testing::*;
 use crate::{DirectoryConfig, DirectoryTransport};
 use std::time::{Duration, Instant, SystemTime};
