@@ -81,6 +81,7 @@ impl Place {
         let (id, to) = (message.id.clone(), Destination::DeadLetter(self.name.clone()));
         let stored = Stored { to, received: now, message };
         store.locked(|store| store.bury(&self.name, &stored))?;
+        store.sync()?;
         events.tell(BusEvent::DeadLettered { subscription: self.name.clone(), id, reason, error: error.into() });
         Ok(())
     }

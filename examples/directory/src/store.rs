@@ -12,6 +12,7 @@
 
 use crate::error::{damaged, failed};
 use crate::wire::Stored;
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,8 @@ pub(crate) struct Store {
     end: u64,
     /// The last number given to what is not in the log.
     number: u64,
+    /// Folders of which what was written last might not outlive the machine.
+    unsynced: BTreeSet<PathBuf>,
 }
 
 /// What there is at a position of the log.
@@ -59,7 +62,7 @@ impl Store {
         }
         let lock = open_lock(&root.join("lock"))?;
         let end = numbers(&root.join("log"))?.last().copied().unwrap_or(0);
-        Ok(Self { root, lock, end, number: 0 })
+        Ok(Self { root, lock, end, number: 0, unsynced: BTreeSet::new() })
     }
 
     fn log(&self) -> PathBuf {
@@ -95,12 +98,12 @@ impl Store {
         done
     }
 
-    // ---- Writing, under the lock ----
+    // ---- Writing, under the lock; it lasts after `sync` ----
 
-    /// Adds to the log; on the disk for sure after [`sync_log`](Self::sync_log).
+    /// Adds to the log.
     pub(crate) fn append(&mut self, stored: &Stored) -> Result<()> {
         let position = self.end()? + 1;
-        self.write(&self.log_file(position), &stored.encode())?;
+        self.write(&self.log(), &digits(position), &stored.encode())?;
         self.end = position;
         Ok(())
     }
@@ -108,8 +111,7 @@ impl Store {
     /// Adds to what moves to the log at the time it says it is received.
     pub(crate) fn delay(&mut self, stored: &Stored) -> Result<()> {
         let name = format!("{}-{}", digits(nanos(stored.received)), digits(self.next_number()));
-        self.write(&self.delayed().join(name), &stored.encode())?;
-        sync(&self.delayed())
+        self.write(&self.delayed(), &name, &stored.encode())
     }
 
     /// Adds a dead letter.
@@ -120,8 +122,7 @@ impl Store {
         while exists(&folder.join(digits(position)))? {
             position = self.next_number();
         }
-        self.write(&folder.join(digits(position)), &stored.encode())?;
-        sync(&folder)
+        self.write(&folder, &digits(position), &stored.encode())
     }
 
     /// Moves what is due to the end of the log, the earliest first.
@@ -136,8 +137,8 @@ impl Store {
                 fs::rename(&file, store.log_file(position)).map_err(failed(&file))?;
                 store.end = position;
             }
-            store.sync_log()?;
-            sync(&store.delayed())
+            store.unsynced.extend([store.log(), store.delayed()]);
+            store.sync()
         })
     }
 
@@ -152,10 +153,22 @@ impl Store {
     }
 
     /// Writes a file so that it is there whole or not at all.
-    pub(crate) fn write(&self, file: &Path, bytes: &[u8]) -> Result<()> {
-        replace(&self.root.join("writing"), file, bytes)
+    pub(crate) fn write(&mut self, folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+        replace(&self.root.join("writing"), &folder.join(name), bytes)?;
+        self.unsynced.insert(folder.to_owned());
+        Ok(())
     }
 
+    /// Makes last what was written.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        while let Some(folder) = self.unsynced.first() {
+            sync(folder)?;
+            self.unsynced.pop_first();
+        }
+        Ok(())
+    }
+
+    /// Makes last what was read, whoever wrote it.
     pub(crate) fn sync_log(&self) -> Result<()> {
         sync(&self.log())
     }

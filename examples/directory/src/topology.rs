@@ -86,6 +86,8 @@ pub(crate) fn subscription(store: &mut Store, spec: &SubscriptionSpec) -> Result
     store.move_due()?;
     store.locked(|store| {
         if let Some(terms) = check(store, spec)? {
+            // Whoever created it may have failed to.
+            sync(&store.subscription(&spec.name))?;
             return Ok(terms.from);
         }
         let from = if spec.start == Start::New { store.end()? } else { 0 };
@@ -94,8 +96,8 @@ pub(crate) fn subscription(store: &mut Store, spec: &SubscriptionSpec) -> Result
         create_folder(&folder)?;
         // Numbers and strings: there is nothing in it that JSON cannot say.
         store.sync_log()?;
-        store.write(&folder.join("spec.json"), &serde_json::to_vec_pretty(&terms).unwrap_or_default())?;
-        sync(&folder)?;
+        store.write(&folder, "spec.json", &serde_json::to_vec_pretty(&terms).unwrap_or_default())?;
+        store.sync()?;
         Ok(from)
     })
 }

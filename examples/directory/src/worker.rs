@@ -175,6 +175,9 @@ pub(crate) struct Disk {
     outbox: VecDeque<Post>,
     /// Written, and confirmed when the folder is synced.
     written: Vec<Receipt>,
+    /// The outbox could not be written.
+    stuck: bool,
+    /// How often in a row anything failed.
     failures: u32,
     closing: Vec<(Instant, oneshot::Sender<Result<()>>)>,
 }
@@ -185,7 +188,7 @@ impl Disk {
         let queue = Arc::new(Queue::default());
         let link = Arc::new(Link { queue: Arc::clone(&queue) });
         let (readers, outbox, written, closing) = (Vec::new(), VecDeque::new(), Vec::new(), Vec::new());
-        let disk = Self { store, readers, queue, events, outbox, written, failures: 0, closing };
+        let disk = Self { store, readers, queue, events, outbox, written, stuck: false, failures: 0, closing };
         let thread = thread::Builder::new().name("tidings-directory".into());
         thread.spawn(move || disk.run(poll)).map_err(failed(Path::new("a thread")))?;
         Ok(link)
@@ -211,6 +214,7 @@ impl Disk {
     /// Everything once; what fails is tried again next time, and keeps nothing else from being done.
     fn work(&mut self) -> Result<()> {
         let published = self.publish();
+        self.stuck = published.is_err();
         let moved = self.store.move_due();
         let read = self.read();
         published.and(moved).and(read)
@@ -238,12 +242,12 @@ impl Disk {
 
     fn publish(&mut self) -> Result<()> {
         while !self.outbox.is_empty() || !self.written.is_empty() {
-            let (outbox, written, again) = (&mut self.outbox, &mut self.written, self.failures > 0);
+            let (outbox, written, again) = (&mut self.outbox, &mut self.written, self.stuck);
             let stored = self.store.locked(|store| write(store, outbox, written, again));
             if written.is_empty() {
                 stored?;
             }
-            self.store.sync_log()?;
+            self.store.sync()?;
             self.written.drain(..).for_each(Receipt::confirm);
         }
         Ok(())
@@ -253,13 +257,15 @@ impl Disk {
 
     fn tell(&mut self, worked: Result<()>) {
         let before = self.failures;
-        self.failures = if worked.is_ok() { 0 } else { before.saturating_add(1) };
         let trouble = worked.err().map(|error| (error.kind(), error.to_string()));
+        // A damaged file keeps nothing else from working.
+        let failed = trouble.as_ref().is_some_and(|(kind, _)| *kind != ErrorKind::Codec);
+        self.failures = if failed { before.saturating_add(1) } else { 0 };
         match &trouble {
-            Some((_, why)) if before == 0 => {
+            Some((_, why)) if failed && before == 0 => {
                 self.events.tell(BusEvent::Disconnected { reason: Text::from(why.as_str()) });
             }
-            None if before > 0 => self.events.tell(BusEvent::Connected),
+            _ if !failed && before > 0 => self.events.tell(BusEvent::Connected),
             _ => {}
         }
         self.queue.state.lock().trouble = trouble;

@@ -459,3 +459,22 @@ async fn what_was_confirmed_outlives_a_killed_process() {
     assert_eq!(texts(&got), expected);
     assert!(got.iter().all(|d| d.redelivered && d.lost == Some(1)));
 }
+
+#[tokio::test]
+async fn what_is_on_its_way_waits_for_an_older_one_that_is_given_back() {
+    let folder = Folder::new();
+    let t = folder.connect().await;
+    let mut reader = open(&*t, spec("s", &["a.b"])).await;
+    assert_eq!(reader.role().await, active());
+    // Four are asked for, and ready before the first is taken.
+    assert!(tokio::time::timeout(ms(1), reader.poll(4)).await.is_err());
+    let batch: Vec<_> = (0..4).map(|i| (to("a.b"), saying("a.b", "k", i), None, false)).collect();
+    assert!(submit_and_wait(&*t.publisher(), &batch).await.is_empty());
+    tokio::time::sleep(ms(100)).await;
+    let start = Instant::now();
+    reader.expect("0").await.acker.release(ms(200));
+    let got = reader.take(4).await;
+    assert!(start.elapsed() >= ms(200));
+    assert_eq!(texts(&got), ["0", "1", "2", "3"]);
+    assert_eq!(got.iter().map(|d| d.hand_outs.unwrap()).collect::<Vec<_>>(), [2, 1, 1, 1]);
+}
