@@ -426,6 +426,7 @@ async fn the_process_that_is_killed() {
     let mut reader = open(&*t, spec("s", &["a.b"])).await;
     for i in 0.. {
         publish(&*t, "a.b", "k", i).await;
+        // Fails, and so ends the process, when nobody reads it any more.
         println!("published {i}");
         let delivery = reader.next().await;
         if i % 3 == 0 {
