@@ -3,7 +3,6 @@
 
 use crate::env::{Env, drain, eventually, start, within};
 use crate::history::Desk;
-use parking_lot::Mutex;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tidings_core::transport::Role;
@@ -22,7 +21,7 @@ enum Place {
     /// On a thread of its own.
     Apart { ask: mpsc::UnboundedSender<Ask>, thread: JoinHandle<()> },
     /// In this runtime, where time is paused.
-    Here { running: Mutex<Running>, bus: Bus },
+    Here { running: Running, bus: Bus },
 }
 
 enum Ask {
@@ -36,8 +35,7 @@ impl Instance {
     pub(crate) async fn start(env: &Env, service: Service) -> Self {
         if env.is_paused() {
             let bus = env.another_bus().await;
-            let running = Mutex::new(start(service, &bus).await);
-            return Self { place: Place::Here { running, bus }, desk: None };
+            return Self { place: Place::Here { running: start(service, &bus).await, bus }, desk: None };
         }
         let (ask, asked) = mpsc::unbounded_channel();
         let (ready, started) = oneshot::channel();
@@ -83,7 +81,7 @@ impl Instance {
                 let _ = ask.send(Ask::Drain(answer));
                 within("the instance drains", drained).await.expect("the instance drains")
             }
-            Place::Here { running, bus } => part(running.into_inner(), &bus).await,
+            Place::Here { running, bus } => part(running, &bus).await,
         }
     }
 
@@ -95,7 +93,7 @@ impl Instance {
                 let _ = ask.send(Ask::Stats(answer));
                 within("the instance answers", stats).await.expect("the instance lives")
             }
-            Place::Here { running, .. } => stats(&running.lock()),
+            Place::Here { running, .. } => stats(running),
         }
     }
 

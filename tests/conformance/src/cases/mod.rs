@@ -1,7 +1,7 @@
 //! The cases, in groups. Each has the name of a promise.
 
 //mod composition;
-//mod groups;
+mod groups;
 //mod lifecycle;
 mod order;
 mod publish;
@@ -80,7 +80,7 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [publish::CASES, order::CASES].into_iter().flatten()
+    [publish::CASES, order::CASES, groups::CASES].into_iter().flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.
