@@ -5,7 +5,7 @@ mod groups;
 mod lifecycle;
 mod order;
 mod publish;
-//mod replay;
+mod replay;
 
 use crate::env::Env;
 use tidings_core::transport::BoxFuture;
@@ -80,7 +80,7 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [publish::CASES, order::CASES, groups::CASES, lifecycle::CASES].into_iter().flatten()
+    [publish::CASES, order::CASES, groups::CASES, lifecycle::CASES, replay::CASES].into_iter().flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.
