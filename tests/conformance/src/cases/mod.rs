@@ -1,6 +1,6 @@
 //! The cases, in groups. Each has the name of a promise.
 
-//mod composition;
+mod composition;
 mod groups;
 mod lifecycle;
 mod order;
@@ -80,7 +80,9 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [publish::CASES, order::CASES, groups::CASES, lifecycle::CASES, replay::CASES].into_iter().flatten()
+    [publish::CASES, order::CASES, groups::CASES, lifecycle::CASES, replay::CASES, composition::CASES]
+        .into_iter()
+        .flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.
