@@ -70,6 +70,7 @@ async fn a_replay_can_start_at_a_time(env: Env) {
     let from = |time| replay(env.transport(), replay_of(&[ORDERS], ReplayFrom::Time(time)));
     read_to_the_end(from(time).await, &["3", "4"]).await;
     read_to_the_end(from(time - Duration::from_secs(3600)).await, &["1", "2", "3", "4"]).await;
+    sleep(Duration::from_millis(10)).await;
     read_to_the_end(from(time + Duration::from_secs(3600)).await, &[]).await;
 }
 
