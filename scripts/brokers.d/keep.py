@@ -41,7 +41,7 @@ def nats(put, port):
     return request(b"$JS.API.STREAM.INFO.kept", b"")["state"]["messages"]
 
 
-# --- RabbitMQ: a quorum queue with one message, and an exchange of the plug-in ------------------------------------------
+# --- RabbitMQ: a quorum queue with one message, and an exchange of the plug-in ----------------------------------------
 
 
 def short(text):
@@ -77,7 +77,7 @@ def rabbitmq(put, port):
     call(0, (10, 40), short(b"/") + b"\x00\x00", (10, 41))
     call(1, (20, 10), b"\x00", (20, 11))
     quorum = long(short(b"x-queue-type") + b"S" + long(b"quorum"))
-    queue = call(1, (50, 10), b"\x00\x00" + short(NAME) + bytes([0b10 if put else 0b11]) + quorum, (50, 11))
+    call(1, (50, 10), b"\x00\x00" + short(NAME) + bytes([0b10 if put else 0b11]) + quorum, (50, 11))
     exchange = short(NAME) + short(b"x-consistent-hash") + bytes([0b10 if put else 0b11]) + long(b"")
     call(1, (40, 10), b"\x00\x00" + exchange, (40, 11))
     if put:
@@ -87,7 +87,9 @@ def rabbitmq(put, port):
         frame(3, 1, b"x")
         answer((60, 80))
         return 1
-    return struct.unpack(">I", queue[len(short(NAME)):][:4])[0]
+    # It is not acknowledged, so it goes back when the connection closes. An empty queue answers otherwise.
+    call(1, (60, 70), b"\x00\x00" + short(NAME) + b"\x00", (60, 71))
+    return 1
 
 
 # --- Kafka: a topic ---------------------------------------------------------------------------------------------------
