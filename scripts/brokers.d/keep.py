@@ -9,6 +9,7 @@ import json
 import socket
 import struct
 import sys
+import time
 
 NAME = b"kept"
 
@@ -17,7 +18,7 @@ def connect(port):
     return socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
-# --- NATS: a stream with one message ----------------------------------------------------------------------------------
+# --- NATS: a stream with one message ---------------------------------------------------------------------------------
 
 
 def nats(put, port):
@@ -41,7 +42,7 @@ def nats(put, port):
     return request(b"$JS.API.STREAM.INFO.kept", b"")["state"]["messages"]
 
 
-# --- RabbitMQ: a quorum queue with one message, and an exchange of the plug-in ----------------------------------------
+# --- RabbitMQ: a quorum queue with one message, and an exchange of the plug-in --------------------------------------
 
 
 def short(text):
@@ -80,7 +81,10 @@ def rabbitmq(put, port):
     call(1, (50, 10), b"\x00\x00" + short(NAME) + bytes([0b10 if put else 0b11]) + quorum, (50, 11))
     exchange = short(NAME) + short(b"x-consistent-hash") + bytes([0b10 if put else 0b11]) + long(b"")
     call(1, (40, 10), b"\x00\x00" + exchange, (40, 11))
-    if put:
+        # A quorum queue younger than a second when its only node is killed never answers again, and what it confirmed is
+        # lost with it (4.0.5: the node writes its list of queues late). What is published after that second is safe.
+        # messages are lost with it (4.0.5: the node's list of queues is written late). What is published later is safe.
+        time.sleep(2)
         call(1, (85, 10), b"\x00", (85, 11))
         frame(1, 1, struct.pack(">HH", 60, 40) + b"\x00\x00" + short(b"") + short(NAME) + b"\x00")
         frame(2, 1, struct.pack(">HHQHB", 60, 0, 1, 1 << 12, 2))
@@ -92,7 +96,7 @@ def rabbitmq(put, port):
     return 1
 
 
-# --- Kafka: a topic ---------------------------------------------------------------------------------------------------
+# --- Kafka: a topic ------------------------------------------------------------------------------------------------
 
 
 def kafka(put, port):
