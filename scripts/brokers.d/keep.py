@@ -81,9 +81,9 @@ def rabbitmq(put, port):
     call(1, (50, 10), b"\x00\x00" + short(NAME) + bytes([0b10 if put else 0b11]) + quorum, (50, 11))
     exchange = short(NAME) + short(b"x-consistent-hash") + bytes([0b10 if put else 0b11]) + long(b"")
     call(1, (40, 10), b"\x00\x00" + exchange, (40, 11))
-        # A quorum queue younger than a second when its only node is killed never answers again, and what it confirmed is
-        # lost with it (4.0.5: the node writes its list of queues late). What is published after that second is safe.
-        # messages are lost with it (4.0.5: the node's list of queues is written late). What is published later is safe.
+    if put:
+        # A quorum queue younger than a second when its only node is killed never answers again, and what it confirmed
+        # is lost (4.0.5: the node writes its list of queues late). What is published after that second is safe.
         time.sleep(2)
         call(1, (85, 10), b"\x00", (85, 11))
         frame(1, 1, struct.pack(">HH", 60, 40) + b"\x00\x00" + short(b"") + short(NAME) + b"\x00")
