@@ -37,7 +37,8 @@ kafka_by_maven() {
 	  </dependencies>
 	</project>
 	END
-  mvn -q -B -Dstyle.color=never --strict-checksums dependency:copy-dependencies -DoutputDirectory="$PWD/out" >&2
+  mvn -q -B --strict-checksums dependency:copy-dependencies -DoutputDirectory="$PWD/out" >maven.log 2>&1 ||
+    { cat maven.log >&2; return 1; }
 }
 
 kafka_by_curl() {

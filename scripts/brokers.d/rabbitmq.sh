@@ -55,6 +55,7 @@ private_apt() {
 	#clear APT::Update;
 	#clear DPkg;
 	APT::Sandbox::User "root";
+	APT::Update::Error-Mode "any";
 	APT::Default-Release "";
 	APT::Install-Recommends "false";
 	Acquire::Languages "none";
