@@ -15,6 +15,7 @@ kafka_running_version() { echo "$kafka_version"; }
 
 # Maven knows the machine's mirrors; without it, or with a mirror by name, curl fetches the same files.
 kafka_install() {
+  kafka_java >/dev/null
   mkdir out
   if [[ -z ${TIDINGS_MAVEN_URL:-} ]] && command -v mvn >/dev/null; then kafka_by_maven; else kafka_by_curl; fi
   awk -F '[ :]+' '{ print $1 "  " $3 "-" $4 ".jar" }' "$here/brokers.d/kafka.jars" >sums

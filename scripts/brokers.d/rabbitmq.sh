@@ -73,6 +73,7 @@ private_apt() {
 rabbitmq_install() {
   local deb
   command -v apt-get dpkg-deb >/dev/null || die "RabbitMQ comes by apt: use Debian, Ubuntu or compose.yaml"
+  rabbitmq_name_spaces >/dev/null
   private_apt
   apt-get -qq -c apt/conf update >&2
   apt-get -qq -c apt/conf install --yes --download-only rabbitmq-server base-files coreutils dash grep libc-bin sed >&2
