@@ -84,7 +84,7 @@ rabbitmq_install() {
 
 # Without root, a user name space makes one.
 rabbitmq_name_spaces() {
-  local spaces=(--mount --pid --fork)
+  local spaces=(--mount --pid --fork --kill-child)
   ((UID == 0)) || spaces+=(--user --map-root-user)
   unshare "${spaces[@]}" true 2>/dev/null ||
     die "RabbitMQ runs in name spaces of its own, which this machine refuses: be root, or set TIDINGS_RABBITMQ_URL"
