@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::time::Duration;
-use tidings_core::transport::{BoxFuture, Transport};
+use tidings_core::transport::{BoxFuture, Health, Transport};
 use tidings_core::{Bus, BusConfig, Clock, Connect, Event, Message, MessageId, PublishOptions, Result, Running, Service};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::AbortHandle;
@@ -41,7 +41,8 @@ impl Harness {
     /// On the broker that `config` names: `tidings::Config`, or the configuration of a transport. Real time passes, unless
     /// it is the memory transport.
     ///
-    /// On a broker that others use, give the configuration a namespace of its own for each test.
+    /// `tidings::Config::for_test()` takes the broker from `TIDINGS_TEST_URL`, and gives each test a namespace of its own,
+    /// which any broker that others use needs: what others publish would be handled, and waited for, too.
     pub fn on(config: impl Connect) -> Self {
         Self { connecting: config.connect(), faults: None, deadline: Duration::from_secs(10), real_time: false }
     }
@@ -86,6 +87,7 @@ impl Harness {
 
     async fn try_start(self, services: impl IntoIterator<Item = Service>, here: &Location<'_>) -> Result<Test> {
         let (transport, config) = self.connecting.await?;
+        // In this process: nothing happens there that tokio does not know of, and every copy is delivered.
         let is_memory = transport.name() == "memory";
         let stopped = is_memory && !self.real_time;
         if stopped {
@@ -282,12 +284,23 @@ impl Test {
         self.tracker.timeline()
     }
 
+    /// Drains the services and closes the bus, as at the end of a program.
+    ///
+    /// # Cancel safety
+    /// All is stopped nevertheless.
+    pub async fn stop(mut self) {
+        for running in std::mem::take(&mut self.services) {
+            running.drain(self.deadline).await;
+        }
+        // What could not be flushed will be delivered again, to nobody.
+        let _ = self.bus.close(self.deadline).await;
+    }
+
+    /// What is left to happen, and what may be why.
     fn rest(&self) -> String {
         let ill = self.services.iter().filter_map(|running| match running.health() {
-            tidings_core::transport::Health::Up => None,
-            tidings_core::transport::Health::Degraded(error) | tidings_core::transport::Health::Down(error) => {
-                Some(format!("  {error}\n"))
-            }
+            Health::Up => None,
+            Health::Degraded(error) | Health::Down(error) => Some(format!("  {error}\n")),
         });
         self.tracker.describe_rest() + &ill.collect::<String>()
     }
