@@ -53,8 +53,8 @@ struct State {
     numbers: HashMap<(Text, MessageId), Number>,
     by_id: HashMap<MessageId, Number>,
     subscriptions: BTreeMap<String, Watched>,
-    /// What was confirmed, and where.
-    confirmed: HashSet<(Destination, Ident)>,
+    /// What was submitted, and where to, unless the broker certainly has not got it.
+    submitted: HashSet<(Destination, Ident)>,
     /// Until when copies that may never come are waited for.
     lull: Option<Instant>,
 }
@@ -80,6 +80,8 @@ pub(crate) struct Submitted {
     entry: Option<usize>,
     to: Destination,
     ident: Ident,
+    /// It may never come.
+    again: bool,
     /// The subscriptions that expect it.
     expected_by: Vec<String>,
 }
@@ -161,17 +163,14 @@ impl Tracker {
             Destination::Subscription(to) => to.as_str() == name,
             Destination::DeadLetter(_) => false,
         };
-        // What was confirmed there before may be dropped by the broker: that it comes is hoped for, not expected.
-        let again = !self.exact && state.confirmed.contains(&(out.destination.clone(), ident.clone()));
+        // What was sent there before may be dropped by the broker: that it comes is hoped for, not expected.
+        let again = !state.submitted.insert((out.destination.clone(), ident.clone())) && !self.exact;
         let mut expected_by = Vec::new();
         for (name, watched) in &mut state.subscriptions {
             if !again && expects(name, watched) {
                 *watched.expected.entry(ident.clone()).or_default() += 1;
                 expected_by.push(name.clone());
             }
-        }
-        if again {
-            state.lull = Some(Instant::now() + LULL);
         }
         let number = state.number(&message.source, &message.id);
         let cause = message.causation_id.as_ref().map(|id| state.number_of(id)).filter(|number| *number > 0);
@@ -181,22 +180,24 @@ impl Tracker {
             let published = Published { to, message, number, cause, delay: out.delay, sent: Sent::Unconfirmed };
             state.record(self.elapsed(), What::Published(Box::new(published)))
         };
-        Submitted { entry, to: out.destination.clone(), ident, expected_by }
+        Submitted { entry, to: out.destination.clone(), ident, again, expected_by }
     }
 
     /// The broker has answered.
     pub(crate) fn answered(&self, submitted: Submitted, failure: Option<&PublishFailure>) {
-        let Submitted { entry, to, ident, expected_by } = submitted;
+        let Submitted { entry, to, ident, again, expected_by } = submitted;
         let mut state = self.state.lock();
-        if let Some(failure) = failure {
+        let possibly = failure.is_some_and(|failure| failure.fate == Fate::PossiblyPersisted);
+        if failure.is_some() {
             for name in expected_by {
                 state.subscriptions.entry(name).and_modify(|watched| watched.came(&ident));
             }
-            if failure.fate == Fate::PossiblyPersisted {
-                state.lull = Some(Instant::now() + LULL);
-            }
-        } else {
-            state.confirmed.insert((to, ident));
+        }
+        if failure.is_some() && !possibly {
+            state.submitted.remove(&(to, ident));
+        }
+        if again || possibly {
+            state.lull = Some(Instant::now() + LULL);
         }
         let sent = failure.map_or(Sent::Confirmed, |failure| Sent::Failed(failure.error.to_string()));
         if let Some(What::Published(published)) = entry.map(|entry| &mut state.entries[entry].what) {
