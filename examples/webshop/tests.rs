@@ -61,8 +61,8 @@ async fn a_flaky_carrier_is_asked_again_until_each_label_is_printed() {
     test.dead_letters().none();
 }
 
-/// All services, and an order placed with them.
-async fn shop_with_an_order(harness: Harness, count: usize) -> (Test, Ledger) {
+/// All services, and this many orders placed with them.
+async fn shop_with_orders(harness: Harness, count: usize) -> (Test, Ledger) {
     let (ledger, journal) = (Ledger::default(), Journal::default());
     let services = [
         shop::service(&ledger, &journal),
@@ -81,7 +81,7 @@ async fn shop_with_an_order(harness: Harness, count: usize) -> (Test, Ledger) {
 
 #[tokio::test]
 async fn an_order_runs_through_all_services() {
-    let (test, ledger) = shop_with_an_order(Harness::memory(), 1).await;
+    let (test, ledger) = shop_with_orders(Harness::memory(), 1).await;
     let Channel::Email { address, .. } = test.published::<FollowUpScheduled>().one().channel else {
         panic!("CRM writes e-mails");
     };
@@ -94,7 +94,7 @@ async fn an_order_runs_through_all_services() {
 #[tokio::test]
 async fn duplicates_crashes_and_failures_change_nothing() {
     let faults = Faults::from_env().duplicate(0.3).crash_after_handle(0.3).fail_first(1).delay(Duration::from_secs(60));
-    let (test, ledger) = shop_with_an_order(Harness::memory().faults(faults), 20).await;
+    let (test, ledger) = shop_with_orders(Harness::memory().faults(faults), 20).await;
     test.published::<InvoiceCreated>().times(20); // what is published again has the id that it had
     test.published::<LabelPrinted>().times(20);
     assert_eq!(ledger.balance().as_expected, 20, "{}", test.timeline());

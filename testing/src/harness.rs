@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::time::Duration;
 use tidings_core::transport::{BoxFuture, Health, Transport};
-use tidings_core::{Bus, BusConfig, Clock, Connect, Event, Message, MessageId, PublishOptions, Result, Running, Service};
+use tidings_core::{
+    Bus, BusConfig, Clock, Connect, Event, Message, MessageId, PublishOptions, Result, Running, Service,
+};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;

@@ -174,8 +174,11 @@ impl Tracker {
         }
         let number = state.number(&message.source, &message.id);
         let cause = message.causation_id.as_ref().map(|id| state.number_of(id)).filter(|number| *number > 0);
-        let aside = matches!(out.destination, Destination::Subscription(_)) && ident.attempts > 0 && out.delay.is_some();
-        let entry = if aside { None } else {
+        let aside =
+            matches!(out.destination, Destination::Subscription(_)) && ident.attempts > 0 && out.delay.is_some();
+        let entry = if aside {
+            None
+        } else {
             let (to, message) = (out.destination.clone(), message.clone());
             let published = Published { to, message, number, cause, delay: out.delay, sent: Sent::Unconfirmed };
             state.record(self.elapsed(), What::Published(Box::new(published)))

@@ -38,7 +38,8 @@ impl Tamper for Watch {
     fn subscription(&self, spec: &SubscriptionSpec, inner: Box<dyn Subscription>) -> Box<dyn Subscription> {
         self.tracker.watch(spec);
         let (name, tracker) = (spec.name.clone(), Arc::clone(&self.tracker));
-        let watched = WatchedSubscription { name, tracker, publisher: self.publisher.get().cloned(), open: Mutex::default() };
+        let watched =
+            WatchedSubscription { name, tracker, publisher: self.publisher.get().cloned(), open: Mutex::default() };
         Intercepted::boxed(inner, Arc::new(watched))
     }
 }
