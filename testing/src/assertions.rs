@@ -32,8 +32,11 @@ impl Test {
         self.check(subscription);
         let runs = self.tracker.collect(|what| match what {
             What::Run(run) if run.subscription.as_str() == subscription => {
-                let events = run.events.iter().filter(|(_, event_type)| *event_type == E::NAME).count();
-                (events > 0).then(|| (events, run.attempt, run.end == End::Succeeded))
+                let mut events = run.events.iter().filter(|(_, event_type)| *event_type == E::NAME).peekable();
+                events.peek()?;
+                let succeeded = run.end == End::Succeeded;
+                let handled = events.filter(|(number, _)| succeeded && !run.but.contains(number)).count();
+                Some((run.attempt, handled))
             }
             _ => None,
         });
@@ -170,21 +173,21 @@ impl<E: Event> Published<'_, E> {
 pub struct Handled<'t> {
     test: &'t Test,
     what: String,
-    /// How many events, which attempt, whether it succeeded.
-    runs: Vec<(usize, u32, bool)>,
+    /// Which attempt it was, and how many events it has handled.
+    runs: Vec<(u32, usize)>,
 }
 
 impl Handled<'_> {
     /// How many events were handled: successful runs, times the events in each.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.runs.iter().filter(|(.., succeeded)| *succeeded).map(|(events, ..)| events).sum()
+        self.runs.iter().map(|(_, handled)| handled).sum()
     }
 
     /// Which attempt each successful run was, from 1.
     #[must_use]
     pub fn attempts(&self) -> Vec<u32> {
-        self.runs.iter().filter(|(.., succeeded)| *succeeded).map(|(_, attempt, _)| *attempt).collect()
+        self.runs.iter().filter(|(_, handled)| *handled > 0).map(|(attempt, _)| *attempt).collect()
     }
 
     /// How many runs there were, failed ones included.

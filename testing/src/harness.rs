@@ -1,7 +1,7 @@
 //! Services under test, and the bus they run on.
 
 use crate::faults::Faults;
-use crate::tracker::{Rest, Tracker};
+use crate::tracker::{LIMIT, Rest, Tracker};
 use crate::watch::{Watch, layer};
 use crate::wrap::Wrapped;
 use std::fmt;
@@ -255,7 +255,7 @@ impl Test {
             changed.as_mut().enable();
             match self.tracker.rest() {
                 Rest::Nothing => return,
-                Rest::NoEnd => self.fail_at("it does not settle: there is no end of what happens", here),
+                Rest::NoEnd => self.fail_at(&format!("no end of it: {LIMIT} things have happened"), here),
                 _ if alarm.has_rung() => {
                     let why = format!("not settled within {:?} of real time:\n{}", self.deadline, self.rest());
                     self.fail_at(why.trim_end(), here)

@@ -52,6 +52,9 @@ pub(crate) struct Run {
     pub(crate) attempt: u32,
     pub(crate) took: Duration,
     pub(crate) end: End,
+    /// Which of them were not handled although it has succeeded: a result for each said so, a layer around it, or the
+    /// broker, which refused what it returned.
+    pub(crate) but: Vec<Number>,
     /// After how long it is followed by another.
     pub(crate) again: Option<Duration>,
 }
@@ -115,7 +118,10 @@ impl fmt::Display for Run {
         self.events.iter().try_for_each(|(number, _)| write!(f, " #{number}"))?;
         match &self.end {
             End::Running => f.write_str(" GOES ON")?,
-            End::Succeeded => f.write_str(" succeeded")?,
+            End::Succeeded => {
+                f.write_str(" succeeded")?;
+                self.but.iter().try_for_each(|number| write!(f, ", but not for #{number}"))?;
+            }
             End::Failed(error) => write!(f, " failed: {error}")?,
             End::CutOff => f.write_str(" was cut off")?,
         }

@@ -9,12 +9,12 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tidings_core::handler::Request;
 use tidings_core::transport::{Destination, Fate, Outgoing, PublishFailure, SubscriptionSpec};
-use tidings_core::{BusEvent, EventStream, Message, MessageId, Text, TopicPattern, header};
+use tidings_core::{BusEvent, EventStream, Message, MessageId, SubscriptionName, Text, TopicPattern, header};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 /// What happens more often than this in one test never ends.
-const LIMIT: usize = 100_000;
+pub(crate) const LIMIT: usize = 100_000;
 
 /// How long what may never come is waited for: a second copy, which some brokers drop, or one whose publish was not
 /// confirmed.
@@ -52,6 +52,8 @@ struct State {
     entries: Vec<Entry>,
     numbers: HashMap<(Text, MessageId), Number>,
     by_id: HashMap<MessageId, Number>,
+    /// Where the last run of each message in each subscription stands.
+    last_runs: HashMap<(SubscriptionName, Number), usize>,
     subscriptions: BTreeMap<String, Watched>,
     /// What was submitted, and where to, unless the broker certainly has not got it.
     submitted: HashSet<(Destination, Ident)>,
@@ -173,6 +175,11 @@ impl Tracker {
             }
         }
         let number = state.number(&message.source, &message.id);
+        if let Destination::DeadLetter(name) = &out.destination
+            && let Some(run) = state.last_run(name, number).filter(|run| run.end == End::Succeeded)
+        {
+            run.but.push(number);
+        }
         let cause = message.causation_id.as_ref().map(|id| state.number_of(id)).filter(|number| *number > 0);
         let aside =
             matches!(out.destination, Destination::Subscription(_)) && ident.attempts > 0 && out.delay.is_some();
@@ -259,10 +266,14 @@ impl Tracker {
         self.pull();
         let mut state = self.state.lock();
         let event = |message: &Message| (state.number(&message.source, &message.id), message.event_type.clone());
-        let events = request.messages.iter().map(event).collect();
+        let events: Vec<_> = request.messages.iter().map(event).collect();
+        let numbers: Vec<_> = events.iter().map(|(number, _)| *number).collect();
         let (subscription, attempt) = (request.subscription.clone(), request.attempt);
-        let run = Run { subscription, events, attempt, took: Duration::ZERO, end: End::Running, again: None };
-        state.record(self.elapsed(), What::Run(run))
+        let (took, end, but, again) = (Duration::ZERO, End::Running, Vec::new(), None);
+        let run = Run { subscription: subscription.clone(), events, attempt, took, end, but, again };
+        let entry = state.record(self.elapsed(), What::Run(run))?;
+        state.last_runs.extend(numbers.into_iter().map(|number| ((subscription.clone(), number), entry)));
+        Some(entry)
     }
 
     /// What goes wrong with it.
@@ -380,22 +391,24 @@ impl Tracker {
 }
 
 impl State {
+    /// The last run of a message in a subscription.
+    fn last_run(&mut self, subscription: &SubscriptionName, number: Number) -> Option<&mut Run> {
+        let entry = *self.last_runs.get(&(subscription.clone(), number))?;
+        if let What::Run(run) = &mut self.entries[entry].what { Some(run) } else { None }
+    }
+
     /// Notes a retry beside the run that it follows, if one was seen.
     fn retried(&mut self, at: Duration, retried: Retried) {
-        let about = |run: &Run| {
-            run.subscription == retried.subscription && run.events.iter().any(|(number, _)| *number == retried.number)
-        };
-        let last = self.entries.iter_mut().rev().find_map(|entry| match &mut entry.what {
-            What::Run(run) if about(run) => Some(run),
-            _ => None,
-        });
-        match last {
+        match self.last_run(&retried.subscription, retried.number) {
             Some(run) if run.again.is_none() && matches!(run.end, End::Failed(_) | End::CutOff) => {
                 run.again = Some(retried.delay);
                 run.end = End::Failed(retried.error);
+                return;
             }
-            _ => drop(self.record(at, What::Retried(retried))),
+            Some(run) if run.end == End::Succeeded => run.but.push(retried.number),
+            _ => {}
         }
+        self.record(at, What::Retried(retried));
     }
 }
 

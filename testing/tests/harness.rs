@@ -4,6 +4,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
+use tidings::handler::Each;
 use tidings::prelude::*;
 use tidings::testing::{Faults, Harness, Test};
 use tidings::{DeadLetterReason, Message, MessageId, Topic};
@@ -41,7 +42,7 @@ fn first() -> Service {
 fn second() -> Service {
     let retry = RetryPolicy::default().backoff(10 * MINUTE, 10 * MINUTE).without_jitter().aside();
     Service::new("second").on_with(
-        SubscriptionConfig::default().retry(retry),
+        SubscriptionConfig::default().retry(retry).without_outage(),
         async |b: B, Attempt(attempt): Attempt| -> Result<C, HandlerError> {
             if attempt < 3 { Err(format!("not in run {attempt}").into()) } else { Ok(C { key: b.key }) }
         },
@@ -169,7 +170,7 @@ async fn what_goes_on_for_ever_fails_too() {
         test.publish(&a("x")).await;
     })
     .await;
-    assert!(text.contains("there is no end of what happens") || text.contains("not settled within 2s"), "{text}");
+    assert!(text.contains("no end of it: 100000 things") || text.contains("not settled within 2s"), "{text}");
     assert!(text.contains("earlier lines)"), "{text}");
 }
 
@@ -203,6 +204,34 @@ async fn panics_and_time_outs_are_told_as_what_they_are() {
     let errors: Vec<_> = test.retried("s.test.a.happened").times(2).iter().map(|retry| retry.error.clone()).collect();
     assert_eq!(errors, ["handler panicked: oh no", "handler took longer than 5s"]);
     assert!(test.timeline().contains("took longer than 5s (took 5"), "{}", test.timeline());
+}
+
+#[tokio::test]
+async fn each_event_of_a_batch_counts_by_its_own_result() {
+    let config = SubscriptionConfig::default().batch(10);
+    let service = Service::new("s").on_with(config, async |Batch(all): Batch<C>| {
+        let result = |c: C| match c.key.as_str() {
+            "never" => Err(HandlerError::reject("never")),
+            key => Ok(B { key: key.to_owned() }),
+        };
+        Each(all.into_iter().map(result).collect())
+    });
+    let test = Harness::memory().start([service]).await;
+    let events: Vec<_> = ["a", "never", "b"].map(|key| C { key: key.to_owned() }).into();
+    test.publish_all(&events).await;
+    test.handled::<C>("s.test.c.happened").times(2);
+    test.dead_letters().one();
+    test.published::<B>().times(2);
+    assert!(test.timeline().contains("of #1 #2 #3 succeeded, but not for #2\n"), "{}", test.timeline());
+}
+
+#[tokio::test]
+async fn instances_of_a_service_are_counted_as_one() {
+    let test = Harness::memory().start([first(), first(), second()]).await;
+    let events: Vec<_> = (0..1000).map(|n| a(&n.to_string())).collect();
+    test.publish_all(&events).await;
+    test.handled::<A>("first.test.a.happened").times(1000);
+    test.published::<C>().times(1000);
 }
 
 /// Counts each A once, whatever comes, if it remembers ids; and how often it was run.
