@@ -30,7 +30,7 @@ async fn an_order_that_cannot_be_taxed_is_a_dead_letter_at_once() {
     let mut poisoned = placed("W-1");
     NOWHERE.clone_into(&mut poisoned.order.customer.country);
     test.publish(&poisoned).await;
-    let letter = test.dead_letters().of("billing.shop.order.placed").one().clone();
+    let letter = test.dead_letters().of("billing.shop.order.placed").one();
     assert_eq!((letter.reason, letter.attempts), (Some(DeadLetterReason::Rejected), 1));
     assert_eq!(letter.error, "order W-1: no tax law for country ZZ");
     test.published::<InvoiceCreated>().none();
@@ -56,8 +56,8 @@ async fn a_flaky_carrier_is_asked_again_until_each_label_is_printed() {
     let orders: Vec<_> = (0..50).map(|n| placed(&format!("W-{n}"))).collect();
     test.publish_all(&orders).await;
     test.published::<LabelPrinted>().times(50);
-    assert!(test.retried("logistics.shop.order.placed").all().iter().all(|r| r.error == "the carrier does not answer"));
-    assert!(test.handled::<OrderPlaced>("logistics.shop.order.placed").runs() > 50);
+    let retries = test.retried("logistics.shop.order.placed").all();
+    assert!(!retries.is_empty() && retries.iter().all(|retry| retry.error == "the carrier does not answer"));
     test.dead_letters().none();
 }
 

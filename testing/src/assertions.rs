@@ -3,54 +3,62 @@
 use crate::harness::Test;
 use crate::timeline::{End, Number, Retried, Sent, What};
 use std::collections::HashSet;
-use std::fmt::Debug;
-use std::marker::PhantomData;
 use std::time::Duration;
 use tidings_core::transport::Destination;
 use tidings_core::{DeadLetterReason, Event, Message, SubscriptionName, header};
 
 impl Test {
-    /// The events of one type that were published and confirmed, by the test or by what handlers returned. What was
+    /// The events of one type that were published and confirmed, by the test or because a handler returned them. What was
     /// published again with the same id is the same event.
+    ///
+    /// # Panics
+    /// If one cannot be decoded.
     #[track_caller]
-    pub fn published<E: Event>(&self) -> Published<'_, E> {
+    pub fn published<E: Event>(&self) -> Found<'_, E> {
+        let decode = |message: &Message| E::decode(&message.content_type, message.version, &message.payload);
+        let decoded: Result<Vec<E>, _> = self.messages::<E>().found.iter().map(decode).collect();
+        match decoded {
+            Ok(found) => Found { test: self, what: format!("`{}` published", E::NAME), found },
+            Err(error) => self.fail(&format!("`{}` was published and cannot be decoded: {error}", E::NAME)),
+        }
+    }
+
+    /// The messages of [`published`](Self::published) events, for their ids, keys and headers.
+    pub fn messages<E: Event>(&self) -> Found<'_, Message> {
         let mut seen = HashSet::new();
-        let messages = self.tracker.collect(|what| {
-            let Some((Destination::Topic(topic), message, number)) = confirmed(what) else { return None };
+        let found = self.tracker.collect(|what| {
+            let Some((Destination::Topic(topic), message, number)) = confirmed(what) else { return Vec::new() };
             let is_it = topic.as_str() == E::TOPIC && message.event_type == E::NAME && seen.insert(number);
-            is_it.then(|| message.clone())
+            if is_it { vec![message.clone()] } else { Vec::new() }
         });
-        Published { test: self, messages, event: PhantomData }
+        Found { test: self, what: format!("messages `{}`", E::NAME), found }
     }
 
-    /// The runs in which a subscription has handled events of one type.
+    /// The times a subscription has handled an event of one type; each is the attempt that succeeded, from 1.
     ///
     /// # Panics
     /// If there is no such subscription under test, naming those there are.
     #[track_caller]
-    pub fn handled<E: Event>(&self, subscription: &str) -> Handled<'_> {
+    pub fn handled<E: Event>(&self, subscription: &str) -> Found<'_, u32> {
         self.check(subscription);
-        let runs = self.tracker.collect(|what| match what {
-            What::Run(run) if run.subscription.as_str() == subscription => {
-                let mut events = run.events.iter().filter(|(_, event_type)| *event_type == E::NAME).peekable();
-                events.peek()?;
-                let succeeded = run.end == End::Succeeded;
-                let handled = events.filter(|(number, _)| succeeded && !run.but.contains(number)).count();
-                Some((run.attempt, handled))
+        let found = self.tracker.collect(|what| match what {
+            What::Run(run) if run.subscription.as_str() == subscription && run.end == End::Succeeded => {
+                let is_it = |(number, event_type): &&_| *event_type == E::NAME && !run.but.contains(number);
+                run.events.iter().filter(is_it).map(|_| run.attempt).collect()
             }
-            _ => None,
+            _ => Vec::new(),
         });
-        Handled { test: self, what: format!("`{subscription}` to have handled `{}`", E::NAME), runs }
+        Found { test: self, what: format!("`{}` handled by `{subscription}`", E::NAME), found }
     }
 
-    /// The retries of a subscription.
+    /// The retries of a subscription: failed runs that were followed by another.
     ///
     /// # Panics
     /// If there is no such subscription under test, naming those there are.
     #[track_caller]
-    pub fn retried(&self, subscription: &str) -> Retries<'_> {
+    pub fn retried(&self, subscription: &str) -> Found<'_, Retry> {
         self.check(subscription);
-        let retries = self.tracker.collect(|what| match what {
+        let retry = |what: &What| match what {
             What::Run(run) if run.subscription.as_str() == subscription => {
                 let error = if let End::Failed(error) = &run.end { error.clone() } else { String::new() };
                 run.again.map(|delay| Retry { delay, error })
@@ -59,17 +67,18 @@ impl Test {
                 Some(Retry { delay: *delay, error: error.clone() })
             }
             _ => None,
-        });
-        Retries { test: self, subscription: subscription.to_owned(), retries }
+        };
+        let found = self.tracker.collect(|what| retry(what).into_iter().collect());
+        Found { test: self, what: format!("retries of `{subscription}`"), found }
     }
 
     /// What was dead-lettered.
-    pub fn dead_letters(&self) -> Letters<'_> {
-        let letters = self.tracker.collect(|what| match confirmed(what)? {
-            (Destination::DeadLetter(name), message, _) => Some(Letter::new(name, message)),
-            _ => None,
+    pub fn dead_letters(&self) -> Found<'_, Letter> {
+        let found = self.tracker.collect(|what| match confirmed(what) {
+            Some((Destination::DeadLetter(name), message, _)) => vec![Letter::new(name, message)],
+            _ => Vec::new(),
         });
-        Letters { test: self, what: "dead letters".to_owned(), letters }
+        Found { test: self, what: "dead letters".to_owned(), found }
     }
 
     #[track_caller]
@@ -77,13 +86,6 @@ impl Test {
         let names = self.tracker.names();
         if !names.iter().any(|name| name == subscription) {
             self.fail(&format!("no subscription `{subscription}` under test; there are: {}", names.join(", ")));
-        }
-    }
-
-    #[track_caller]
-    fn count(&self, what: &str, expected: usize, found: usize) {
-        if found != expected {
-            self.fail(&format!("expected {what} {}, found {}", times(expected), times(found)));
         }
     }
 }
@@ -96,39 +98,26 @@ fn confirmed(what: &What) -> Option<(&Destination, &Message, Number)> {
     }
 }
 
-fn times(count: usize) -> String {
-    match count {
-        0 => "never".to_owned(),
-        1 => "once".to_owned(),
-        _ => format!("{count} times"),
-    }
-}
-
-/// Events of one type that were published, from [`Test::published`].
+/// What a [`Test`] has found, in the order it happened; what it is asked for, it must be.
 #[derive(Debug)]
 #[must_use = "it asserts nothing by itself"]
-pub struct Published<'t, E> {
+pub struct Found<'t, T> {
     test: &'t Test,
-    messages: Vec<Message>,
-    event: PhantomData<fn() -> E>,
+    what: String,
+    found: Vec<T>,
 }
 
-impl<E: Event> Published<'_, E> {
-    /// All of them, in the order they were published.
+impl<T> Found<'_, T> {
+    /// All, which are this many.
     ///
     /// # Panics
-    /// If one cannot be decoded.
-    #[must_use]
+    /// If there are more or less.
     #[track_caller]
-    pub fn all(&self) -> Vec<E> {
-        let mut events = Vec::with_capacity(self.messages.len());
-        for message in &self.messages {
-            match E::decode(&message.content_type, message.version, &message.payload) {
-                Ok(event) => events.push(event),
-                Err(error) => self.test.fail(&format!("`{}` was published and cannot be decoded: {error}", E::NAME)),
-            }
+    pub fn times(self, count: usize) -> Vec<T> {
+        if self.found.len() != count {
+            self.test.fail(&format!("expected {count} {}, found {}", self.what, self.found.len()));
         }
-        events
+        self.found
     }
 
     /// The only one.
@@ -136,19 +125,17 @@ impl<E: Event> Published<'_, E> {
     /// # Panics
     /// If there are none, or more.
     #[track_caller]
-    pub fn one(&self) -> E {
-        let mut events = self.times(1);
-        events.remove(0)
+    pub fn one(self) -> T {
+        self.times(1).remove(0)
     }
 
-    /// All, which are this many.
+    /// There is one.
     ///
     /// # Panics
-    /// If there are more or less.
+    /// If there are none, or more.
     #[track_caller]
-    pub fn times(&self, count: usize) -> Vec<E> {
-        self.test.count(&format!("`{}` to be published", E::NAME), count, self.messages.len());
-        self.all()
+    pub fn once(self) {
+        self.times(1);
     }
 
     /// There are none.
@@ -156,71 +143,33 @@ impl<E: Event> Published<'_, E> {
     /// # Panics
     /// If there are.
     #[track_caller]
-    pub fn none(&self) {
-        self.test.count(&format!("`{}` to be published", E::NAME), 0, self.messages.len());
-    }
-
-    /// The messages themselves, for their headers, keys and ids.
-    #[must_use]
-    pub fn messages(&self) -> &[Message] {
-        &self.messages
-    }
-}
-
-/// Runs that have handled events of one type, from [`Test::handled`].
-#[derive(Debug)]
-#[must_use = "it asserts nothing by itself"]
-pub struct Handled<'t> {
-    test: &'t Test,
-    what: String,
-    /// Which attempt it was, and how many events it has handled.
-    runs: Vec<(u32, usize)>,
-}
-
-impl Handled<'_> {
-    /// How many events were handled: successful runs, times the events in each.
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.runs.iter().map(|(_, handled)| handled).sum()
-    }
-
-    /// Which attempt each successful run was, from 1.
-    #[must_use]
-    pub fn attempts(&self) -> Vec<u32> {
-        self.runs.iter().filter(|(_, handled)| *handled > 0).map(|(attempt, _)| *attempt).collect()
-    }
-
-    /// How many runs there were, failed ones included.
-    #[must_use]
-    pub fn runs(&self) -> usize {
-        self.runs.len()
-    }
-
-    /// One event was handled, once.
-    ///
-    /// # Panics
-    /// If none was, or more were, or it was handled again.
-    #[track_caller]
-    pub fn once(&self) {
-        self.times(1);
-    }
-
-    /// Events were handled this many times.
-    ///
-    /// # Panics
-    /// If it was more or less.
-    #[track_caller]
-    pub fn times(&self, count: usize) {
-        self.test.count(&self.what, count, self.count());
-    }
-
-    /// None was handled; runs may have failed.
-    ///
-    /// # Panics
-    /// If one was.
-    #[track_caller]
-    pub fn none(&self) {
+    pub fn none(self) {
         self.times(0);
+    }
+
+    /// All, however many.
+    #[must_use]
+    pub fn all(self) -> Vec<T> {
+        self.found
+    }
+
+    /// Those of them that are so.
+    pub fn only(mut self, is_so: impl FnMut(&T) -> bool) -> Self {
+        self.found.retain(is_so);
+        self
+    }
+}
+
+impl Found<'_, Letter> {
+    /// Those of one subscription.
+    ///
+    /// # Panics
+    /// If there is no such subscription under test, naming those there are.
+    #[track_caller]
+    pub fn of(self, subscription: &str) -> Self {
+        self.test.check(subscription);
+        let what = format!("dead letters of `{subscription}`");
+        Self { what, ..self.only(|letter| letter.subscription.as_str() == subscription) }
     }
 }
 
@@ -232,42 +181,6 @@ pub struct Retry {
     pub delay: Duration,
     /// The error, in one line.
     pub error: String,
-}
-
-/// The retries of a subscription, from [`Test::retried`].
-#[derive(Debug)]
-#[must_use = "it asserts nothing by itself"]
-pub struct Retries<'t> {
-    test: &'t Test,
-    subscription: String,
-    retries: Vec<Retry>,
-}
-
-impl Retries<'_> {
-    /// All of them, in order.
-    #[must_use]
-    pub fn all(&self) -> &[Retry] {
-        &self.retries
-    }
-
-    /// There were this many; returns them.
-    ///
-    /// # Panics
-    /// If there were more or less.
-    #[track_caller]
-    pub fn times(&self, count: usize) -> &[Retry] {
-        self.test.count(&format!("`{}` to retry", self.subscription), count, self.retries.len());
-        &self.retries
-    }
-
-    /// There was none.
-    ///
-    /// # Panics
-    /// If there was.
-    #[track_caller]
-    pub fn none(&self) {
-        self.times(0);
-    }
 }
 
 /// What a subscription could not handle.
@@ -296,65 +209,5 @@ impl Letter {
             attempts: text(header::ATTEMPTS).parse().unwrap_or(0),
             message: message.clone(),
         }
-    }
-}
-
-/// What was dead-lettered, from [`Test::dead_letters`].
-#[derive(Debug)]
-#[must_use = "it asserts nothing by itself"]
-pub struct Letters<'t> {
-    test: &'t Test,
-    what: String,
-    letters: Vec<Letter>,
-}
-
-impl Letters<'_> {
-    /// Those of one subscription.
-    ///
-    /// # Panics
-    /// If there is no such subscription under test, naming those there are.
-    #[track_caller]
-    pub fn of(mut self, subscription: &str) -> Self {
-        self.test.check(subscription);
-        self.letters.retain(|letter| letter.subscription.as_str() == subscription);
-        self.what = format!("dead letters of `{subscription}`");
-        self
-    }
-
-    /// All of them, in order.
-    #[must_use]
-    pub fn all(&self) -> &[Letter] {
-        &self.letters
-    }
-
-    /// The only one.
-    ///
-    /// # Panics
-    /// If there are none, or more.
-    #[track_caller]
-    pub fn one(&self) -> &Letter {
-        &self.times(1)[0]
-    }
-
-    /// All, which are this many.
-    ///
-    /// # Panics
-    /// If there are more or less.
-    #[track_caller]
-    pub fn times(&self, count: usize) -> &[Letter] {
-        let found = self.letters.len();
-        if found != count {
-            self.test.fail(&format!("expected {count} {}, found {found}", self.what));
-        }
-        &self.letters
-    }
-
-    /// There are none.
-    ///
-    /// # Panics
-    /// If there are.
-    #[track_caller]
-    pub fn none(&self) {
-        self.times(0);
     }
 }

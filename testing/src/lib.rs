@@ -8,6 +8,6 @@ mod tracker;
 mod watch;
 pub mod wrap;
 
-pub use assertions::{Handled, Letter, Letters, Published, Retries, Retry};
+pub use assertions::{Found, Letter, Retry};
 pub use faults::Faults;
 pub use harness::{Harness, Test};

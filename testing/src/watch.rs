@@ -1,7 +1,7 @@
 //! Sees all that passes between core and the transport, and all runs; and does what faults ask for.
 
 use crate::timeline::End;
-use crate::tracker::{Fails, Ident, Mishap, Submitted, Tracker};
+use crate::tracker::{Ident, Mishap, Submitted, Tracker};
 use crate::wrap::{Intercept, Intercepted, Tamper, settle};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -169,16 +169,16 @@ impl tower_service::Service<Request> for WatchedRuns {
     }
 }
 
-async fn run(mut inner: Next, request: Request, Mishap { delay, fails }: Mishap) -> Outcome {
-    if !delay.is_zero() {
-        tokio::time::sleep(delay).await;
+async fn run(mut inner: Next, request: Request, mishap: Mishap) -> Outcome {
+    if !mishap.delay.is_zero() {
+        tokio::time::sleep(mishap.delay).await;
     }
-    if fails == Some(Fails::Before) {
+    if mishap.fails_before {
         return Err("fault: it failed before its handler began".into());
     }
     poll_fn(|cx| tower_service::Service::poll_ready(&mut inner, cx)).await?;
     let outcome = tower_service::Service::call(&mut inner, request).await;
-    if fails == Some(Fails::After) && outcome.is_ok() {
+    if mishap.fails_after && outcome.is_ok() {
         return Err("fault: it failed after its handler had succeeded".into());
     }
     outcome
