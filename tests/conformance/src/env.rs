@@ -19,6 +19,7 @@ pub(crate) struct Env {
     broker: Arc<dyn Broker>,
     first: Arc<dyn Transport>,
     clock: Clock,
+    paused: bool,
 }
 
 impl Env {
@@ -26,7 +27,7 @@ impl Env {
         let broker = factory.open(&namespace()).await?;
         let first = broker.connect().await?;
         let clock = if paused { Clock::of_tokio() } else { Clock::SYSTEM };
-        Ok(Self { factory, broker, first, clock })
+        Ok(Self { factory, broker, first, clock, paused })
     }
 
     pub(crate) fn factory(&self) -> &dyn Factory {
@@ -69,6 +70,16 @@ impl Env {
     /// The time of day as the buses see it.
     pub(crate) fn now(&self) -> SystemTime {
         self.clock.now()
+    }
+
+    /// Whether time passes at once whenever all wait for it; then nothing may leave this runtime.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Has what the retention of a topic no longer covers removed.
+    pub(crate) async fn expire(&self, topic: &str) {
+        self.broker.expire(topic).await.expect("what is too old goes");
     }
 
     /// Cuts all connections of this case.
@@ -173,4 +184,25 @@ impl<T: Clone + Send + 'static> Seen<T> {
         assert!(enough.is_ok(), "only {} of {count} were seen", self.0.lock().len());
         self.all()
     }
+}
+
+impl Env {
+    /// Another namespace on the same broker, which the case must [clean up](Self::clean_up).
+    pub(crate) async fn elsewhere(&self) -> Self {
+        let broker = self.factory.open(&namespace()).await.expect("another namespace");
+        let first = broker.connect().await.expect("a connection");
+        Self { broker, first, ..self.clone() }
+    }
+}
+
+/// How many bytes of memory this process uses; `None` where that cannot be told.
+pub(crate) fn memory() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib * 1024)
+}
+
+/// Waits until a sum over the subscriptions of a service is as high.
+pub(crate) async fn until(running: &Running, what: &str, number: fn(&tidings_core::Stats) -> u64, at_least: u64) {
+    eventually(what, || async { total(running, number) >= at_least }).await;
 }

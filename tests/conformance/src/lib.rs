@@ -5,7 +5,10 @@ mod broker;
 mod cases;
 mod env;
 mod events;
+mod history;
+mod instance;
 mod reader;
+mod services;
 mod suite;
 
 pub use broker::{Broker, Factory};

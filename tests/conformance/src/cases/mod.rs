@@ -1,6 +1,15 @@
 //! The cases, in groups. Each has the name of a promise.
 
+mod composition;
+mod data;
+mod dead_letter;
+mod flow;
+mod groups;
+mod lifecycle;
+mod order;
 mod publish;
+mod replay;
+mod settlement;
 
 use crate::env::Env;
 use tidings_core::transport::BoxFuture;
@@ -24,10 +33,16 @@ pub(crate) enum Need {
     KeyOrdering,
     /// Slots.
     Slots,
+    /// Instances that share the work where no order is asked.
+    Sharing,
+    /// Topics that limit how long they keep what is published.
+    Retention,
     /// Starting at the beginning.
     Beginning,
     /// Reading again.
     Replay,
+    /// Not being able to read again.
+    NoReplay,
     /// Counting what is lost with its instance.
     CountsLosses,
     /// Cutting the connection.
@@ -47,9 +62,12 @@ impl Need {
             Self::PublishDelay => (can.publish_delay, "publish_delay"),
             Self::KeyOrdering => (can.key_ordering, "key_ordering"),
             Self::Slots => (can.slots, "slots"),
+            Self::Sharing => (can.sharing, "sharing"),
+            Self::Retention => (can.retention, "retention"),
             Self::Beginning => (can.start_beginning, "start_beginning"),
             Self::Replay => (can.replay, "replay"),
             Self::CountsLosses => (can.counts_losses, "counts_losses"),
+            Self::NoReplay => return can.replay.then(|| "its capabilities say `replay: true`".into()),
             Self::Cut => return env.factory().cannot_cut().map(Into::into),
             Self::Restart => return env.factory().cannot_restart().map(Into::into),
             Self::Alone => return None,
@@ -72,7 +90,20 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [publish::CASES].into_iter().flatten()
+    [
+        data::CASES,
+        publish::CASES,
+        settlement::CASES,
+        dead_letter::CASES,
+        order::CASES,
+        groups::CASES,
+        flow::CASES,
+        lifecycle::CASES,
+        replay::CASES,
+        composition::CASES,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.
