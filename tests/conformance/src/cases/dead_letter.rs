@@ -3,8 +3,8 @@
 use super::cases;
 use crate::env::{Env, dead_letters, drain, eventually, start, subscription, total, until, within};
 use crate::events::{Order, Viewed, order};
-use crate::reader::{assert_same, full, open, publish, publish_messages, saying, spec, submit, topic, topics};
-use crate::services::{CRM_ORDERS, CRM_VIEWS, Gate, Runs, settings, soon};
+use crate::reader::{assert_same, full, open, publish, publish_messages, saying, spec, submit, topics};
+use crate::services::{CRM_ORDERS, Gate, Runs, settings, soon};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -254,24 +254,26 @@ async fn dead_letters_outlive_a_restart_of_the_broker(env: Env) {
     assert_eq!(dead_letters(&env.connect().await, "crm", 3).await, before);
 }
 
-/// With its attempts anew.
+/// With its attempts anew; an instance that has never seen it knows that it may be a duplicate.
 async fn a_redriven_event_reaches_its_subscription_alone_and_says_so(env: Env) {
     let bus = env.bus();
-    let (one, gate, runs) = rejecting(&env, &bus, "crm").await;
+    let (one, ..) = rejecting(&env, &bus, "crm").await;
     let (two, open, others) = rejecting(&env, &bus, "billing").await;
     open.open();
     bus.publish(&order("ada", 1)).await.unwrap();
     let position = buried(&env, 1).await[0].position;
+    drain(one).await;
+    let (one, gate, runs) = rejecting(&env, &bus, "crm").await;
     gate.open();
     let letters = bus.dead_letters(CRM_ORDERS).await.unwrap();
     assert_eq!(&letters.show(position).await.unwrap().payload[..], br#"{"customer":"ada","number":1}"#);
     letters.redrive(position).await.unwrap();
-    assert_eq!(runs.count(2).await, [(1, 1, false), (1, 1, true)]);
+    assert_eq!(runs.count(1).await, [(1, 1, true)]);
     assert_eq!(letters.count().await.unwrap(), 0);
     // What comes later, with the same key, shows that the other was sent nothing.
     bus.publish(&order("ada", 2)).await.unwrap();
     assert_eq!(others.count(2).await, [(1, 1, false), (2, 1, false)]);
-    assert_eq!(runs.count(3).await[2], (2, 1, false));
+    assert_eq!(runs.count(2).await[1], (2, 1, false));
     drain(one).await;
     drain(two).await;
 }
@@ -357,7 +359,7 @@ async fn a_poison_holds_no_other_up(env: Env) {
     let handler = async |order: Order, told: Delivered, State(runs): State<Runs>| {
         runs.push((order.number, told.attempt, told.possible_duplicate));
         match order.customer.as_str() {
-            "poison" => Err(HandlerError::retry_after(Duration::from_secs(3), "never")),
+            "poison" => Err(HandlerError::retry_after(Duration::from_secs(4), "never")),
             _ => Ok(()),
         }
     };
