@@ -2,6 +2,7 @@
 
 pub mod factories;
 pub mod faulty;
+pub mod sim;
 
 use std::future::Future;
 use std::sync::Arc;

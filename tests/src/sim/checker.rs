@@ -1,0 +1,422 @@
+//! Whether a history keeps the promises.
+
+use super::history::{Answer, End as RunEnd, Entry, Sent, To, What};
+use super::plan::{Ev, Fate, Kind, Plan};
+use super::world::End;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::time::Duration;
+use tidings::transport::{DeadLetter, Ordering};
+use tidings::{DeadLetterReason, header};
+
+/// What the walk through a history has found so far.
+struct Walk<'a> {
+    plan: &'a Plan,
+    wrong: Vec<String>,
+    now: Duration,
+    confirmed: HashSet<Ev>,
+    /// By event.
+    of: HashMap<Ev, About>,
+    /// By instance.
+    instances: HashMap<usize, Instance>,
+    /// By run: its instance and how each event is to be counted.
+    runs: HashMap<usize, Run>,
+    /// By instance and event: what may settle it, and what has.
+    supply: HashMap<(usize, Ev), Supply>,
+    /// Ids of what was returned, by cause.
+    outputs: HashMap<Ev, BTreeSet<String>>,
+    /// Which index of which event was taken by the broker, by id.
+    taken: HashMap<Ev, BTreeMap<String, u32>>,
+    /// What was sent without an answer that says whether it was taken.
+    unsure: HashSet<(Option<usize>, u8, String, u32)>,
+    /// Retries that step aside: what was sent for which count.
+    aside: HashMap<(Ev, u32), u32>,
+}
+
+#[derive(Default)]
+struct About {
+    /// What may make it be handled again, with a count that is less: a settlement that did not arrive, a second publish.
+    credits: u32,
+    /// Runs that have failed and were not counted, because of an outage.
+    uncounted: u32,
+    begun: BTreeMap<u32, u32>,
+    failed: BTreeMap<u32, u32>,
+    /// By attempt: the last run failed, without being counted, so that the next one is its repeat.
+    repeats: HashSet<u32>,
+    ended: u32,
+    successes: u32,
+    dead: bool,
+}
+
+#[derive(Default)]
+struct Instance {
+    outage: bool,
+    going: HashSet<usize>,
+    /// The last runs: which event, and whether they failed for now.
+    last: VecDeque<(Ev, bool)>,
+    /// The last failure, until it is known whether it was counted.
+    pending: Option<(Ev, u32)>,
+}
+
+struct Run {
+    by: usize,
+    attempt: Option<u32>,
+}
+
+#[derive(Default)]
+struct Supply {
+    successes: u32,
+    dead: u32,
+    aside: u32,
+    acks: u32,
+    /// Indices of what was returned, confirmed, by id.
+    confirmed: BTreeMap<String, u32>,
+}
+
+/// What is wrong; nothing, if all promises were kept.
+pub(crate) fn check(plan: &Plan, entries: &[Entry], end: &End) -> Vec<String> {
+    let confirmed = entries.iter().filter_map(|entry| match entry.what {
+        What::Published { ev, confirmed: true } => Some(ev),
+        _ => None,
+    });
+    let mut walk = Walk {
+        plan,
+        wrong: Vec::new(),
+        now: Duration::ZERO,
+        confirmed: confirmed.collect(),
+        of: HashMap::new(),
+        instances: HashMap::new(),
+        runs: HashMap::new(),
+        supply: HashMap::new(),
+        outputs: HashMap::new(),
+        taken: HashMap::new(),
+        unsure: HashSet::new(),
+        aside: HashMap::new(),
+    };
+    for entry in entries {
+        walk.now = entry.at;
+        walk.step(&entry.what);
+    }
+    walk.finish(end);
+    walk.wrong
+}
+
+impl Walk<'_> {
+    fn wrong(&mut self, ev: Ev, what: &str) {
+        self.wrong.push(format!("{:?}: {}: {what}", self.now, self.plan.events[ev].name));
+    }
+
+    fn of(&mut self, ev: Ev) -> &mut About {
+        self.of.entry(ev).or_default()
+    }
+
+    fn step(&mut self, what: &What) {
+        match what {
+            What::Published { .. } | What::Said(_) | What::Handed { .. } => {}
+            What::Outage { by, on } => self.outage(*by, *on),
+            What::Began { by, run, evs, attempt, duplicate } => {
+                self.count_pending(*by);
+                self.begin(*by, *run, evs);
+                for ev in evs {
+                    self.check_order(*ev, evs);
+                }
+                self.runs.insert(*run, Run { by: *by, attempt: *attempt });
+                if let (Some(attempt), [ev]) = (attempt, &evs[..]) {
+                    self.check_begin(*ev, *attempt, *duplicate);
+                }
+            }
+            What::Ended { by, run, ends } => {
+                self.count_pending(*by);
+                self.end(*run, ends);
+            }
+            What::Settled { by, ev, ack, live, lost } => {
+                self.count_pending(*by);
+                self.settled(*by, *ev, (*ack, *live, *lost));
+            }
+            What::Sent { by, post, taken, answer } => {
+                if let Some(by) = by {
+                    self.count_pending(*by);
+                }
+                self.sent(*by, post, *taken, *answer);
+            }
+            What::Confirmed { by, post } => {
+                if let Some(by) = by {
+                    self.count_pending(*by);
+                    self.confirm(*by, post);
+                }
+            }
+        }
+    }
+
+    // ---- Runs ----
+
+    fn begin(&mut self, by: usize, run: usize, evs: &[Ev]) {
+        let instance = self.instances.entry(by).or_default();
+        let probes = instance.outage && !instance.going.is_empty();
+        instance.going.insert(run);
+        if probes {
+            self.wrong(evs[0], "begins beside another in an outage");
+        }
+    }
+
+    /// In the order of its key: what was confirmed before it has ended, or goes before it in the same batch.
+    fn check_order(&mut self, ev: Ev, batch: &[Ev]) {
+        let event = &self.plan.events[ev];
+        if self.plan.ordering != Ordering::Key {
+            return;
+        }
+        let before = batch.iter().position(|other| *other == ev).unwrap_or(0);
+        let open = (0..self.plan.events.len()).find(|older| {
+            let other = &self.plan.events[*older];
+            let relevant = other.key == event.key && other.number < event.number && self.confirmed.contains(older);
+            relevant && !batch[..before].contains(older) && !self.is_over(*older)
+        });
+        if let Some(open) = open {
+            let open = self.plan.events[open].name.clone();
+            self.wrong(ev, &format!("begins before {open} has ended"));
+        }
+    }
+
+    /// Whether newer events of its key may begin: it is handled or dead, or, if retries step aside, has failed once.
+    fn is_over(&self, ev: Ev) -> bool {
+        let Some(about) = self.of.get(&ev) else { return false };
+        about.dead
+            || (about.successes > 0 && self.has_outputs(ev))
+            || (!self.plan.in_order && self.aside.keys().any(|(sent, _)| *sent == ev))
+    }
+
+    fn has_outputs(&self, ev: Ev) -> bool {
+        let wanted: Vec<u32> = self.plan.outputs(ev).map(|done| done.index).collect();
+        let mut taken: Vec<u32> = self.taken.get(&ev).map_or_else(Vec::new, |taken| taken.values().copied().collect());
+        taken.sort_unstable();
+        is_part(&wanted, &taken)
+    }
+
+    fn check_begin(&mut self, ev: Ev, attempt: u32, duplicate: bool) {
+        let about = self.of(ev);
+        let begun = about.begun.entry(attempt).or_insert(0);
+        *begun += 1;
+        let repeated = *begun > 1 && !about.repeats.remove(&attempt);
+        let failed = attempt == 1 || about.failed.get(&(attempt - 1)).is_some_and(|failed| *failed > 0);
+        if repeated && !duplicate {
+            self.wrong(ev, &format!("attempt {attempt} begins again, unmarked"));
+        }
+        if !failed {
+            self.wrong(ev, &format!("attempt {attempt} begins, but attempt {} has not failed", attempt - 1));
+        }
+    }
+
+    fn end(&mut self, run: usize, ends: &[(Ev, RunEnd)]) {
+        let Some(Run { by, attempt }) = self.runs.get(&run) else { return };
+        let (by, attempt) = (*by, *attempt);
+        self.instances.entry(by).or_default().going.remove(&run);
+        for (ev, end) in ends {
+            self.of(*ev).ended += 1;
+            let failed = matches!(end, RunEnd::Transient | RunEnd::TimedOut);
+            match end {
+                RunEnd::Success => {
+                    self.of(*ev).successes += 1;
+                    self.supply.entry((by, *ev)).or_default().successes += 1;
+                }
+                RunEnd::Dropped => self.of(*ev).credits += 1,
+                _ => {}
+            }
+            if let Some(attempt) = attempt.filter(|_| failed || *end == RunEnd::Rejected) {
+                // Known when core has had its turn, before anything else of this instance.
+                let instance = self.instances.entry(by).or_default();
+                if *end == RunEnd::Rejected {
+                    *self.of(*ev).failed.entry(attempt).or_insert(0) += 1;
+                } else {
+                    instance.pending = Some((*ev, attempt));
+                }
+            }
+            if *end != RunEnd::Dropped {
+                let last = &mut self.instances.entry(by).or_default().last;
+                last.push_back((*ev, failed));
+                if last.len() > 10 {
+                    last.pop_front();
+                }
+            }
+        }
+    }
+
+    /// Counts the last failure of an instance, or not, in an outage.
+    fn count_pending(&mut self, by: usize) {
+        let instance = self.instances.entry(by).or_default();
+        let outage = instance.outage;
+        let Some((ev, attempt)) = instance.pending.take() else { return };
+        let about = self.of(ev);
+        if outage {
+            about.uncounted += 1;
+            about.repeats.insert(attempt);
+        } else {
+            *about.failed.entry(attempt).or_insert(0) += 1;
+        }
+    }
+
+    fn outage(&mut self, by: usize, on: bool) {
+        let instance = self.instances.entry(by).or_default();
+        instance.outage = on;
+        let different: HashSet<Ev> = instance.last.iter().map(|(ev, _)| *ev).collect();
+        let all = instance.last.len() == 10 && instance.last.iter().all(|(_, failed)| *failed);
+        if on {
+            // What runs now is no probe.
+            instance.going.clear();
+            if !all || different.len() < 5 {
+                let last = format!("{:?}", instance.last);
+                self.wrong.push(format!("{:?}: [{by}] takes this for an outage: {last}", self.now));
+            }
+        }
+    }
+
+    // ---- Settlements ----
+
+    fn settled(&mut self, by: usize, ev: Ev, (ack, live, lost): (bool, bool, bool)) {
+        if !ack || !live || lost {
+            self.of(ev).credits += 1;
+        }
+        if !ack {
+            return;
+        }
+        let single = self.plan.kind != Kind::Batch;
+        let supply = self.supply.entry((by, ev)).or_default();
+        supply.acks += 1;
+        let by_success = supply.acks > supply.dead + supply.aside;
+        let enough = supply.acks <= supply.successes + supply.dead + supply.aside;
+        let mut confirmed: Vec<u32> = supply.confirmed.values().copied().collect();
+        confirmed.sort_unstable();
+        let wanted: Vec<u32> = self.plan.outputs(ev).map(|done| done.index).collect();
+        if !enough {
+            self.wrong(ev, &format!("is acked by [{by}] without having been handled, sent aside or buried"));
+        } else if live && by_success && !is_part(&wanted, &confirmed) {
+            self.wrong(ev, &format!("is acked by [{by}] before what its handler returned was confirmed: {confirmed:?}"));
+        }
+        if single && live && by_success && confirmed.len() > wanted.len() {
+            self.wrong(ev, "a repeated run returned other ids");
+        }
+    }
+
+    fn sent(&mut self, by: Option<usize>, post: &Sent, taken: bool, answer: Answer) {
+        let ev = post.ev;
+        let place = (by, post.to as u8, post.id.clone(), post.attempts);
+        if self.unsure.contains(&place) && !post.repeat && post.to != To::Dead {
+            self.wrong(ev, &format!("{post:?} is sent again without knowing whether the first arrived, unmarked"));
+        }
+        if matches!(answer, Answer::Lost | Answer::Never) {
+            self.unsure.insert(place);
+        }
+        if taken && answer != Answer::Confirms {
+            self.of(ev).credits += 1;
+        }
+        match post.to {
+            To::Topic => {}
+            To::Output => {
+                self.outputs.entry(ev).or_default().insert(post.id.clone());
+                if taken {
+                    self.taken.entry(ev).or_default().insert(post.id.clone(), post.index);
+                }
+            }
+            To::Aside => {
+                if taken {
+                    *self.aside.entry((ev, post.attempts)).or_insert(0) += 1;
+                }
+            }
+            To::Dead => self.of(ev).dead |= taken,
+        }
+        if post.to == To::Aside || post.to == To::Dead {
+            let counted = post.attempts == 0
+                || self.of(ev).failed.get(&post.attempts).is_some_and(|failed| *failed > 0)
+                || self.plan.kind != Kind::Single;
+            if !counted {
+                self.wrong(ev, &format!("{:?} says {} attempts, that many have not failed", post.to, post.attempts));
+            }
+        }
+    }
+
+    fn confirm(&mut self, by: usize, post: &Sent) {
+        let supply = self.supply.entry((by, post.ev)).or_default();
+        match post.to {
+            To::Topic => {}
+            To::Output => drop(supply.confirmed.insert(post.id.clone(), post.index)),
+            To::Aside => supply.aside += 1,
+            To::Dead => supply.dead += 1,
+        }
+    }
+
+    // ---- The end ----
+
+    fn finish(&mut self, end: &End) {
+        let (stored, retained, dead) = end.stored;
+        if stored != retained + dead || end.in_flight > 0 {
+            let in_flight = end.in_flight;
+            self.wrong.push(format!("not settled: {in_flight} in flight, {} bytes stored", stored - retained - dead));
+        }
+        let mut letters: HashMap<Ev, Vec<&DeadLetter>> = HashMap::new();
+        for letter in &end.letters {
+            match self.plan.ev(&letter.message.id.to_string()) {
+                Some(ev) => letters.entry(ev).or_default().push(letter),
+                None => self.wrong.push(format!("an unknown dead letter: {letter:?}")),
+            }
+        }
+        for ev in 0..self.plan.events.len() {
+            let letters = letters.remove(&ev).unwrap_or_default();
+            self.check_end(ev, &letters);
+            self.check_counts(ev);
+            self.check_outputs(ev);
+        }
+    }
+
+    fn check_end(&mut self, ev: Ev, letters: &[&DeadLetter]) {
+        let fate = self.plan.fate(ev);
+        let (confirmed, successes) = (self.confirmed.contains(&ev), self.of(ev).successes);
+        if confirmed && letters.is_empty() && (successes == 0 || fate != Fate::Handled) {
+            self.wrong(ev, &format!("is lost: it should be {fate:?}"));
+        }
+        if confirmed && fate == Fate::Handled && !self.has_outputs(ev) {
+            self.wrong(ev, "what its handler returned is lost");
+        }
+        if letters.len() as u32 > 1 + self.of(ev).credits {
+            self.wrong(ev, &format!("has {} dead letters", letters.len()));
+        }
+        for letter in letters {
+            let told = letter.message.headers.get_str(header::REASON).and_then(DeadLetterReason::from_name);
+            let attempts = letter.message.headers.get_str(header::ATTEMPTS).and_then(|n| n.parse().ok());
+            if told.zip(attempts).map(|(reason, attempts)| Fate::Dead(reason, attempts)) != Some(fate) {
+                self.wrong(ev, &format!("is dead by {told:?} after {attempts:?}, should be {fate:?}"));
+            }
+            let bad = &letter.message.payload[..] == b"{";
+            if bad != self.plan.events[ev].bad {
+                self.wrong(ev, "its dead letter does not carry what was published");
+            }
+        }
+    }
+
+    /// No more runs of an attempt than failures before it, and what went wrong, account for.
+    fn check_counts(&mut self, ev: Ev) {
+        let about = self.of(ev);
+        let allowed = |attempt: u32| match attempt {
+            1 => 1,
+            _ => about.failed.get(&(attempt - 1)).copied().unwrap_or(0),
+        };
+        let more = about.credits + about.uncounted;
+        let over = about.begun.iter().find(|(attempt, begun)| **begun > allowed(**attempt) + more);
+        if let Some((attempt, begun)) = over {
+            let why = format!("attempt {attempt} was begun {begun} times, {more} accounted for");
+            self.wrong(ev, &why);
+        }
+    }
+
+    /// However often it was handled, what its handler returned has the same ids.
+    fn check_outputs(&mut self, ev: Ev) {
+        let ids = self.outputs.get(&ev).map_or(0, BTreeSet::len);
+        let wanted = self.plan.outputs(ev).count();
+        if self.plan.kind != Kind::Batch && ids > wanted {
+            self.wrong(ev, &format!("{ids} ids for the {wanted} events that its handler returns"));
+        }
+    }
+}
+
+/// Whether `some`, ascending, is a part of `all`, ascending.
+fn is_part(some: &[u32], all: &[u32]) -> bool {
+    let mut all = all.iter();
+    some.iter().all(|one| all.any(|other| other == one))
+}
