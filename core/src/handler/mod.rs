@@ -11,7 +11,7 @@ pub use extract::{Attempt, Context, Delivered, Extract, Lease, Metadata, Setup, 
 pub(crate) use extract::{Scope, States};
 pub(crate) use layer::Wrap;
 pub use layer::{Next, Outcome, Request};
-pub(crate) use outcome::encode;
+pub(crate) use outcome::{Ended, encode};
 pub use outcome::{Each, IntoOutcome, Outputs};
 
 use crate::service::worker::Worker;

@@ -6,7 +6,7 @@ use super::worker::Worker;
 use crate::dead_letter::Burial;
 use crate::error::{clean_line, one_line};
 use crate::handler::Verdict;
-use crate::publish::Post;
+use crate::publish::{Post, repeat_of};
 use crate::transport::{Destination, Lease};
 use crate::{
     Backoff, BusEvent, DeadLetterReason, Error, ErrorKind, HandlerError, Message, MessageId, Result, RetryMode,
@@ -203,6 +203,10 @@ impl Worker {
     async fn step_aside(&self, job: Job, delay: Duration, failure: Failure) {
         let mut message = job.delivery.message.clone();
         job.failures.write(&mut message);
+        if job.possible_duplicate && message.headers.get(header::REPEAT).is_none() {
+            // A copy like this one may be there already.
+            message.headers.set(header::REPEAT, "1");
+        }
         let destination = Destination::Subscription(self.subscribed.name.clone());
         match self.owe(&[Post { destination, message, delay: Some(delay) }], false).await {
             Ok(_) => {
@@ -254,7 +258,7 @@ impl Worker {
                 if !failure.error.is_transient() && !stubborn {
                     return Err(failure.error);
                 }
-                again.push(open[index].clone());
+                again.push(repeat_of(&open[index], &failure, round));
             }
             rest = again;
             tokio::time::sleep(STALLED.delay(round)).await;

@@ -51,8 +51,10 @@ struct About {
 struct Instance {
     outage: bool,
     going: HashSet<usize>,
-    /// The last runs: which event, and whether they failed for now.
-    last: VecDeque<(Ev, bool)>,
+    /// Which event failed for now, of the last runs since one passed.
+    last: VecDeque<Ev>,
+    /// What has passed and is to be acked.
+    passed: HashMap<Ev, u32>,
     /// The last failure, until it is known whether it was counted.
     pending: Option<(Ev, u32)>,
 }
@@ -229,11 +231,14 @@ impl Walk<'_> {
                     instance.pending = Some((*ev, attempt));
                 }
             }
-            if *end != RunEnd::Dropped {
-                let last = &mut self.instances.entry(by).or_default().last;
-                last.push_back((*ev, failed));
-                if last.len() > 10 {
-                    last.pop_front();
+            let instance = self.instances.entry(by).or_default();
+            if *end == RunEnd::Success {
+                *instance.passed.entry(*ev).or_insert(0) += 1;
+            }
+            if failed && !instance.outage {
+                instance.last.push_back(*ev);
+                if instance.last.len() > 10 {
+                    instance.last.pop_front();
                 }
             }
         }
@@ -250,21 +255,29 @@ impl Walk<'_> {
             about.repeats.insert(attempt);
         } else {
             *about.failed.entry(attempt).or_insert(0) += 1;
+            if self.plan.outage.is_some() && self.has_outage(by) {
+                self.wrong(ev, &format!("is counted by [{by}] as failed, but this is an outage"));
+            }
         }
+    }
+
+    /// Whether the last 10 runs, of at least 5 different events, failed for now.
+    fn has_outage(&self, by: usize) -> bool {
+        let last = self.instances.get(&by).map(|instance| &instance.last);
+        last.is_some_and(|last| last.len() == 10 && last.iter().collect::<HashSet<_>>().len() >= 5)
     }
 
     fn outage(&mut self, by: usize, on: bool) {
         let instance = self.instances.entry(by).or_default();
         instance.outage = on;
-        let different: HashSet<Ev> = instance.last.iter().map(|(ev, _)| *ev).collect();
-        let all = instance.last.len() == 10 && instance.last.iter().all(|(_, failed)| *failed);
         if on {
             // What runs now is no probe.
             instance.going.clear();
-            if !all || different.len() < 5 {
-                let last = format!("{:?}", instance.last);
-                self.wrong.push(format!("{:?}: [{by}] takes this for an outage: {last}", self.now));
+            if !self.has_outage(by) {
+                self.wrong.push(format!("{:?}: [{by}] tells of an outage, and there is none", self.now));
             }
+        } else {
+            instance.last.clear();
         }
     }
 
@@ -276,6 +289,11 @@ impl Walk<'_> {
         }
         if !ack {
             return;
+        }
+        let instance = self.instances.entry(by).or_default();
+        if let Some(passed) = instance.passed.get_mut(&ev).filter(|passed| **passed > 0) {
+            *passed -= 1;
+            instance.last.clear();
         }
         let single = self.plan.kind != Kind::Batch;
         let supply = self.supply.entry((by, ev)).or_default();
@@ -301,11 +319,17 @@ impl Walk<'_> {
         if self.unsure.contains(&place) && !post.repeat && post.to != To::Dead {
             self.wrong(ev, &format!("{post:?} is sent again without knowing whether the first arrived, unmarked"));
         }
-        if matches!(answer, Answer::Lost | Answer::Never) {
-            self.unsure.insert(place);
+        match answer {
+            Answer::Lost | Answer::Never => drop(self.unsure.insert(place)),
+            Answer::Confirms => drop(self.unsure.remove(&place)),
+            Answer::Refused => {}
         }
-        if taken && answer != Answer::Confirms {
+        if taken && (answer != Answer::Confirms || post.repeat) {
             self.of(ev).credits += 1;
+        }
+        let outage = by.is_some_and(|by| self.instances.get(&by).is_some_and(|instance| instance.outage));
+        if outage && post.to == To::Dead {
+            self.wrong(ev, "is dead-lettered in an outage");
         }
         match post.to {
             To::Topic => {}
@@ -366,7 +390,11 @@ impl Walk<'_> {
     }
 
     fn check_end(&mut self, ev: Ev, letters: &[&DeadLetter]) {
-        let fate = self.plan.fate(ev);
+        let mut fate = self.plan.fate(ev);
+        if self.plan.outage.is_some() && !letters.is_empty() {
+            // Too few events failed to tell an outage.
+            fate = Fate::Dead(DeadLetterReason::Exhausted, self.plan.attempts);
+        }
         let (confirmed, successes) = (self.confirmed.contains(&ev), self.of(ev).successes);
         if confirmed && letters.is_empty() && (successes == 0 || fate != Fate::Handled) {
             self.wrong(ev, &format!("is lost: it should be {fate:?}"));

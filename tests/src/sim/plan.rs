@@ -124,7 +124,7 @@ impl Plan {
         let keyed = r.u32(0..4) > 0;
         let outage = (r.u32(0..6) == 0).then(|| {
             let from = r.u64(500..1500);
-            (ms(from), ms(from + r.u64(2000..600_000)))
+            (ms(from), ms(from + r.u64(2000..60_000)))
         });
         let in_order = if keyed { r.u32(0..4) > 0 } else { r.bool() };
         let kind = match r.u32(0..10) {
@@ -140,7 +140,8 @@ impl Plan {
             1 => (ms(1), ms(50)),
             _ => (ms(100), ms(2_000)),
         };
-        let concurrency = r.usize(1..5);
+        // An outage must be told from a few that fail: there is room for all, and no lane is crowded.
+        let concurrency = if outage.is_some() { r.usize(4..9) } else { r.usize(1..5) };
         let quiet = r.u32(0..4) == 0;
         let mut rate = |max: u32| if quiet || r.bool() { 0 } else { r.u32(0..max) };
         let rates = Rates {
@@ -153,7 +154,7 @@ impl Plan {
         };
         let mut plan = Self {
             seed,
-            slots: if keyed && r.bool() { r.u32(2..5) } else { 1 },
+            slots: if keyed && outage.is_none() && r.bool() { r.u32(2..5) } else { 1 },
             redelivery_delay: [ms(0), ms(0), ms(300), ms(2000)][r.usize(0..4)],
             ordered_repeats: r.bool(),
             ordering: if keyed { Ordering::Key } else { Ordering::None },
@@ -162,7 +163,7 @@ impl Plan {
             backoff,
             kind,
             concurrency,
-            max_in_flight: concurrency + r.usize(0..16),
+            max_in_flight: if outage.is_some() { 256 } else { concurrency + r.usize(0..16) },
             batch: r.usize(1..6),
             linger: if r.bool() { ms(0) } else { ms(r.u64(1..100)) },
             outage,
@@ -202,7 +203,7 @@ impl Plan {
                 rejected: false,
                 takes: ms([0, 0, r.u64(0..10), r.u64(0..300), r.u64(0..1800)][r.usize(0..5)]),
                 outputs: [0, 0, 1, 2, 3][r.usize(0..5)],
-                bad: r.u32(0..40) == 0,
+                bad: troubled && r.u32(0..40) == 0,
             };
             if troubled && r.u32(0..3) == 0 {
                 event.style = [Style::Error, Style::Panic, Style::Hang, Style::RetryAfter(ms(r.u64(0..500)))][r.usize(0..4)];
