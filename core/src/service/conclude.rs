@@ -78,6 +78,15 @@ impl Failure {
     }
 }
 
+/// What became of what a handler returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Published {
+    /// It was confirmed.
+    All,
+    /// It was left to another instance, which has the lease.
+    Nothing,
+}
+
 /// What happens after a failed run.
 #[derive(Debug, PartialEq)]
 enum Next {
@@ -116,8 +125,8 @@ impl Worker {
             Err(failure) => Err(failure),
         };
         match published {
-            Ok(()) => {
-                self.subscribed.ack(job);
+            Ok(published) => {
+                self.subscribed.settle(job, published);
                 true
             }
             Err(failure) => self.fail(job, failure).await,
@@ -126,12 +135,15 @@ impl Worker {
 
     /// Publishes what the handler returned, all of it checked before the first is sent. `others` were handled together
     /// with `job`, and take part in the ids.
-    pub(super) async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<(), Failure> {
+    pub(super) async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<Published, Failure> {
         let subscribed = &self.subscribed;
-        let lost = || job.delivery.acker.lease() == Lease::Lost && !subscribed.has_successor(job.id);
-        // Where the lease is lost, another instance handles it and publishes the same ids.
-        if self.outputs.messages.is_empty() || lost() {
-            return Ok(());
+        let lost = |job: &Job| job.delivery.acker.lease() == Lease::Lost && !subscribed.has_successor(job.id);
+        if self.outputs.messages.is_empty() {
+            return Ok(Published::All);
+        }
+        // Where the lease of all is lost, another instance handles them and publishes the same ids.
+        if std::iter::once(job).chain(others).all(lost) {
+            return Ok(Published::Nothing);
         }
         let bus = &subscribed.scope.bus;
         let now = bus.clock().now();
@@ -148,7 +160,7 @@ impl Worker {
         let refused = |error| format!("what the handler returned was refused: {}", one_line(&error));
         let count = sent.map_err(|error| Failure::rejected(clean_line(&refused(error), 1024)))?;
         self.subscribed.counters.published.fetch_add(count, Relaxed);
-        Ok(())
+        Ok(Published::All)
     }
 
     async fn fail(&mut self, mut job: Job, failure: Failure) -> bool {

@@ -206,9 +206,7 @@ impl Worker {
     fn of_one(&mut self) -> Result<(), Failure> {
         let Some(mut each) = self.outputs.each.take() else { return Ok(()) };
         match (each.pop(), each.len()) {
-            (Some((_, result)), 0) => {
-                result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry))
-            }
+            (Some((_, result)), 0) => result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry)),
             (last, before) => {
                 let count = before + usize::from(last.is_some());
                 let error = format!("the handler returned {count} results for one event").into();
@@ -224,11 +222,11 @@ impl Worker {
         let jobs: Vec<_> = std::iter::once(first).chain(more).collect();
         let published = match (result, each, jobs.split_first()) {
             (Ok(()), Some(each), _) if each.len() == jobs.len() => return self.conclude_each(jobs, each).await,
-            (Ok(()), None, Some((first, more))) => self.publish_outputs(first, more).await.is_ok(),
-            _ => false,
+            (Ok(()), None, Some((first, more))) => self.publish_outputs(first, more).await.ok(),
+            _ => None,
         };
-        if published {
-            return jobs.into_iter().for_each(|job| self.subscribed.ack(job));
+        if let Some(published) = published {
+            return jobs.into_iter().for_each(|job| self.subscribed.settle(job, published));
         }
         self.subscribed.counters.failed.fetch_add(1, Relaxed);
         self.put_back(jobs, true);
