@@ -28,8 +28,13 @@ struct Walk<'a> {
     taken: HashMap<Ev, BTreeMap<String, u32>>,
     /// What was sent without an answer that says whether it was taken.
     unsure: HashSet<(Option<usize>, u8, String, u32)>,
-    /// Retries that step aside: what was sent for which count.
-    aside: HashMap<(Ev, u32), u32>,
+    /// What has stepped aside.
+    aside: HashSet<Ev>,
+    /// What was dead-lettered first before an outage.
+    buried: HashSet<(usize, Ev)>,
+    /// The events of each key, in order, and how many of those are over, all before the first that is not.
+    of_key: Vec<Vec<Ev>>,
+    over: HashMap<usize, usize>,
 }
 
 #[derive(Default)]
@@ -42,6 +47,8 @@ struct About {
     failed: BTreeMap<u32, u32>,
     /// By attempt: the last run failed, without being counted, so that the next one is its repeat.
     repeats: HashSet<u32>,
+    /// Attempts that have begun unmarked.
+    unmarked: HashSet<u32>,
     ended: u32,
     successes: u32,
     dead: bool,
@@ -92,7 +99,10 @@ pub(crate) fn check(plan: &Plan, entries: &[Entry], end: &End) -> Vec<String> {
         outputs: HashMap::new(),
         taken: HashMap::new(),
         unsure: HashSet::new(),
-        aside: HashMap::new(),
+        aside: HashSet::new(),
+        buried: HashSet::new(),
+        of_key: plan.by_key(),
+        over: HashMap::new(),
     };
     for entry in entries {
         walk.now = entry.at;
@@ -166,12 +176,17 @@ impl Walk<'_> {
         if self.plan.ordering != Ordering::Key {
             return;
         }
+        let (key, number) = (event.key, event.number);
         let before = batch.iter().position(|other| *other == ev).unwrap_or(0);
-        let open = (0..self.plan.events.len()).find(|older| {
-            let other = &self.plan.events[*older];
-            let relevant = other.key == event.key && other.number < event.number && self.confirmed.contains(older);
-            relevant && !batch[..before].contains(older) && !self.is_over(*older)
-        });
+        let mut over = self.over.get(&key).copied().unwrap_or(0);
+        while self.of_key[key].get(over).is_some_and(|older| !self.confirmed.contains(older) || self.is_over(*older)) {
+            over += 1;
+        }
+        self.over.insert(key, over);
+        let older = self.of_key[key].iter().skip(over).take_while(|older| self.plan.events[**older].number < number);
+        let open = older
+            .copied()
+            .find(|older| self.confirmed.contains(older) && !batch[..before].contains(older) && !self.is_over(*older));
         if let Some(open) = open {
             let open = self.plan.events[open].name.clone();
             self.wrong(ev, &format!("begins before {open} has ended"));
@@ -181,9 +196,7 @@ impl Walk<'_> {
     /// Whether newer events of its key may begin: it is handled or dead, or, if retries step aside, has failed once.
     fn is_over(&self, ev: Ev) -> bool {
         let Some(about) = self.of.get(&ev) else { return false };
-        about.dead
-            || (about.successes > 0 && self.has_outputs(ev))
-            || (!self.plan.in_order && self.aside.keys().any(|(sent, _)| *sent == ev))
+        about.dead || (about.successes > 0 && self.has_outputs(ev)) || (!self.plan.in_order && self.aside.contains(&ev))
     }
 
     fn has_outputs(&self, ev: Ev) -> bool {
@@ -194,10 +207,13 @@ impl Walk<'_> {
     }
 
     fn check_begin(&mut self, ev: Ev, attempt: u32, duplicate: bool) {
+        // Without an order, instances may handle the one that is marked before the one that is not.
+        let ordered = self.plan.ordering == Ordering::Key;
         let about = self.of(ev);
         let begun = about.begun.entry(attempt).or_insert(0);
         *begun += 1;
-        let repeated = *begun > 1 && !about.repeats.remove(&attempt);
+        let first = if ordered { *begun == 1 } else { duplicate || about.unmarked.insert(attempt) };
+        let repeated = !about.repeats.remove(&attempt) && !first;
         let failed = attempt == 1 || about.failed.get(&(attempt - 1)).is_some_and(|failed| *failed > 0);
         if repeated && !duplicate {
             self.wrong(ev, &format!("attempt {attempt} begins again, unmarked"));
@@ -306,7 +322,10 @@ impl Walk<'_> {
         if !enough {
             self.wrong(ev, &format!("is acked by [{by}] without having been handled, sent aside or buried"));
         } else if live && by_success && !is_part(&wanted, &confirmed) {
-            self.wrong(ev, &format!("is acked by [{by}] before what its handler returned was confirmed: {confirmed:?}"));
+            self.wrong(
+                ev,
+                &format!("is acked by [{by}] before what its handler returned was confirmed: {confirmed:?}"),
+            );
         }
         if single && live && by_success && confirmed.len() > wanted.len() {
             self.wrong(ev, "a repeated run returned other ids");
@@ -327,9 +346,11 @@ impl Walk<'_> {
         if taken && (answer != Answer::Confirms || post.repeat) {
             self.of(ev).credits += 1;
         }
-        let outage = by.is_some_and(|by| self.instances.get(&by).is_some_and(|instance| instance.outage));
-        if outage && post.to == To::Dead {
-            self.wrong(ev, "is dead-lettered in an outage");
+        if let Some(by) = by.filter(|by| post.to == To::Dead && !self.buried.contains(&(*by, ev))) {
+            if self.instances.get(&by).is_some_and(|instance| instance.outage) {
+                self.wrong(ev, "is dead-lettered in an outage");
+            }
+            self.buried.insert((by, ev));
         }
         match post.to {
             To::Topic => {}
@@ -341,7 +362,7 @@ impl Walk<'_> {
             }
             To::Aside => {
                 if taken {
-                    *self.aside.entry((ev, post.attempts)).or_insert(0) += 1;
+                    self.aside.insert(ev);
                 }
             }
             To::Dead => self.of(ev).dead |= taken,

@@ -119,9 +119,8 @@ struct FaultyPublisher {
 impl Publisher for FaultyPublisher {
     fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
         // First all of it, because an iterator must not be driven while something is submitted.
-        let all: Vec<_> = batch
-            .map(|out| ((out.destination, out.message.clone(), out.delay, out.owed), out.receipt))
-            .collect();
+        let all: Vec<_> =
+            batch.map(|out| ((out.destination, out.message.clone(), out.delay, out.owed), out.receipt)).collect();
         for (out, receipt) in all {
             self.send(out, receipt);
         }
@@ -219,7 +218,8 @@ impl FaultySubscription {
                     *ranks.entry(key).or_insert_with(|| faults.rng.lock().u32(..))
                 });
             }
-            let due = self.pipe.back().map_or_else(Instant::now, |(due, _)| *due).max(Instant::now() + faults.latency());
+            let due =
+                self.pipe.back().map_or_else(Instant::now, |(due, _)| *due).max(Instant::now() + faults.latency());
             let notices = self.found.notices.drain(..).map(Piece::Notice);
             let deliveries = self.found.deliveries.drain(..).map(|delivery| Piece::Delivery(Box::new(delivery)));
             self.pipe.extend(notices.chain(deliveries).map(|piece| (due, piece)));

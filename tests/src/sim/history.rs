@@ -139,7 +139,13 @@ impl History {
     }
 
     /// A run begins; says which it is and how many runs each of its events had before.
-    pub(crate) fn begin(&self, by: usize, evs: &[Ev], told: Option<(u32, bool)>, lease: Option<Lease>) -> (usize, Vec<u32>) {
+    pub(crate) fn begin(
+        &self,
+        by: usize,
+        evs: &[Ev],
+        told: Option<(u32, bool)>,
+        lease: Option<Lease>,
+    ) -> (usize, Vec<u32>) {
         let lease = lease.map(Arc::new);
         let mut state = self.state.lock();
         let others: Vec<_> = state.running.values().map(|g| (g.by, g.evs.clone(), g.lease.clone())).collect();

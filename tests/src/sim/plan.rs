@@ -206,7 +206,8 @@ impl Plan {
                 bad: troubled && r.u32(0..40) == 0,
             };
             if troubled && r.u32(0..3) == 0 {
-                event.style = [Style::Error, Style::Panic, Style::Hang, Style::RetryAfter(ms(r.u64(0..500)))][r.usize(0..4)];
+                event.style =
+                    [Style::Error, Style::Panic, Style::Hang, Style::RetryAfter(ms(r.u64(0..500)))][r.usize(0..4)];
                 event.rejected = r.u32(0..4) == 0;
                 event.fails = match r.u32(0..4) {
                     _ if self.kind != Kind::Single && event.rejected => 0,
@@ -273,6 +274,13 @@ impl Plan {
 
     pub(crate) fn ev(&self, name: &str) -> Option<Ev> {
         self.by_name.get(name).copied()
+    }
+
+    /// The events of each key, in order.
+    pub(crate) fn by_key(&self) -> Vec<Vec<Ev>> {
+        let keys = self.events.iter().map(|event| event.key + 1).max().unwrap_or(0);
+        let of = |key| (0..self.events.len()).filter(|ev| self.events[*ev].key == key).collect();
+        (0..keys).map(of).collect()
     }
 
     /// When nothing goes wrong any more.

@@ -179,8 +179,7 @@ pub(crate) async fn start(bus: &Bus, by: usize, history: &Arc<History>) -> Resul
         .timeout(TIMEOUT)
         .batch(plan.batch)
         .linger(plan.linger);
-    let config =
-        if plan.outage.is_some() { config.outage(OutagePolicy::default()) } else { config.without_outage() };
+    let config = if plan.outage.is_some() { config.outage(OutagePolicy::default()) } else { config.without_outage() };
     let service = Service::new("sim").state(Here { by, history: Arc::clone(history) });
     let service = match plan.kind {
         Kind::Single => service.on_with(config, single),
