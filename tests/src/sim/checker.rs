@@ -57,6 +57,7 @@ struct About {
 #[derive(Default)]
 struct Instance {
     outage: bool,
+    stopped: bool,
     going: HashSet<usize>,
     /// Which event failed for now, of the last runs since one passed.
     last: VecDeque<Ev>,
@@ -124,6 +125,7 @@ impl Walk<'_> {
     fn step(&mut self, what: &What) {
         match what {
             What::Published { .. } | What::Said(_) | What::Handed { .. } => {}
+            What::Stopped { by, .. } => self.instances.entry(*by).or_default().stopped = true,
             What::Outage { by, on } => self.outage(*by, *on),
             What::Began { by, run, evs, attempt, duplicate } => {
                 self.count_pending(*by);
@@ -164,9 +166,13 @@ impl Walk<'_> {
     fn begin(&mut self, by: usize, run: usize, evs: &[Ev]) {
         let instance = self.instances.entry(by).or_default();
         let probes = instance.outage && !instance.going.is_empty();
+        let stopped = instance.stopped;
         instance.going.insert(run);
         if probes {
             self.wrong(evs[0], "begins beside another in an outage");
+        }
+        if stopped {
+            self.wrong(evs[0], &format!("begins in [{by}], which has been stopped"));
         }
     }
 
@@ -304,6 +310,11 @@ impl Walk<'_> {
             self.of(ev).credits += 1;
         }
         if !ack {
+            // Only what may have ended instances again and again makes room for itself.
+            let stopped = self.instances.get(&by).is_some_and(|instance| instance.stopped);
+            if live && !stopped && self.plan.deaths() < 4 {
+                self.wrong(ev, &format!("is given back by [{by}], which goes on and has its lease"));
+            }
             return;
         }
         let instance = self.instances.entry(by).or_default();

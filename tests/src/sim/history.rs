@@ -35,6 +35,8 @@ pub(crate) enum What {
     Sent { by: Option<usize>, post: Sent, taken: bool, answer: Answer },
     /// A confirm arrived.
     Confirmed { by: Option<usize>, post: Sent },
+    /// An instance is killed, dropped or drained.
+    Stopped { by: usize, how: &'static str },
     /// Core told of an outage.
     Outage { by: usize, on: bool },
     /// Anything else, for the reader.
@@ -288,6 +290,7 @@ pub(crate) fn timeline(plan: &Plan, entries: &[Entry]) -> String {
             What::Confirmed { by, post } => {
                 format!("{} has a confirm of {:?} {} ({})", who(by), post.to, name(&post.ev), post.id)
             }
+            What::Stopped { by, how } => format!("[{by}] is {how}"),
             What::Outage { by, on } => format!("[{by}] outage {}", if *on { "begins" } else { "is over" }),
             What::Said(text) => text.clone(),
         };

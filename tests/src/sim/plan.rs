@@ -276,6 +276,11 @@ impl Plan {
         self.by_name.get(name).copied()
     }
 
+    /// How many instances end without a drain.
+    pub(crate) fn deaths(&self) -> usize {
+        self.actions.iter().filter(|(_, action)| matches!(action, Action::Kill(_) | Action::Drop(_))).count()
+    }
+
     /// The events of each key, in order.
     pub(crate) fn by_key(&self) -> Vec<Vec<Ev>> {
         let keys = self.events.iter().map(|event| event.key + 1).max().unwrap_or(0);

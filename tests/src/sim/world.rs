@@ -192,7 +192,8 @@ impl World {
         let history = Arc::clone(&self.history);
         match action {
             Action::Drain(_, deadline) => {
-                history.say(format!("[{by}] drains within {deadline:?}"));
+                history.say(format!("[{by}] is to drain within {deadline:?}"));
+                history.add(What::Stopped { by, how: "draining" });
                 self.drains.spawn(async move {
                     let drained = running.drain(deadline).await;
                     history.say(format!("[{by}] has drained: {drained:?}"));
@@ -200,12 +201,12 @@ impl World {
                 });
             }
             Action::Kill(_) => {
-                history.say(format!("[{by}] is killed"));
+                history.add(What::Stopped { by, how: "killed" });
                 history.died(by);
                 connection.kill();
             }
             _ => {
-                history.say(format!("[{by}] is dropped"));
+                history.add(What::Stopped { by, how: "dropped" });
                 history.died(by);
             }
         }
