@@ -238,12 +238,13 @@ impl Worker {
         let (mut behind, mut start) = (Vec::new(), 0);
         let mut waiting: Vec<(Topic, Key)> = Vec::new();
         for (job, (end, result)) in jobs.into_iter().zip(each) {
+            // What the one before has left unpublished, for want of its lease, is not this one's.
+            self.outputs.messages.clear();
             self.outputs.messages.extend(outputs.by_ref().take(end - start));
             start = end;
             let Message { topic, key, .. } = &job.delivery.message;
             let lane = key.as_ref().filter(|_| self.subscribed.keeps_order).map(|key| (topic.clone(), key.clone()));
             if lane.as_ref().is_some_and(|lane| waiting.contains(lane)) {
-                self.outputs.messages.clear();
                 behind.push(job);
                 continue;
             }

@@ -1,6 +1,6 @@
 //! Whether a history keeps the promises.
 
-use super::history::{Answer, End as RunEnd, Entry, Sent, To, What};
+use super::history::{Answer, End as RunEnd, Entry, Sent, To, Told, What};
 use super::plan::{Ev, Fate, Kind, Plan};
 use super::world::End;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -45,8 +45,8 @@ struct About {
     uncounted: u32,
     begun: BTreeMap<u32, u32>,
     failed: BTreeMap<u32, u32>,
-    /// By attempt: the last run failed, without being counted, so that the next one is its repeat.
-    repeats: HashSet<u32>,
+    /// By attempt and position: a run failed without being counted, so that the next one is its repeat.
+    repeats: HashSet<(u32, u64)>,
     /// Attempts that have begun unmarked.
     unmarked: HashSet<u32>,
     ended: u32,
@@ -64,12 +64,13 @@ struct Instance {
     /// What has passed and is to be acked.
     passed: HashMap<Ev, u32>,
     /// The last failure, until it is known whether it was counted.
-    pending: Option<(Ev, u32)>,
+    pending: Option<(Ev, (u32, u64))>,
 }
 
 struct Run {
     by: usize,
-    attempt: Option<u32>,
+    /// Which attempt, of what has which position.
+    attempt: Option<(u32, u64)>,
 }
 
 #[derive(Default)]
@@ -127,15 +128,16 @@ impl Walk<'_> {
             What::Published { .. } | What::Said(_) | What::Handed { .. } => {}
             What::Stopped { by, .. } => self.instances.entry(*by).or_default().stopped = true,
             What::Outage { by, on } => self.outage(*by, *on),
-            What::Began { by, run, evs, attempt, duplicate } => {
+            What::Began { by, run, evs, told } => {
                 self.count_pending(*by);
                 self.begin(*by, *run, evs);
                 for ev in evs {
                     self.check_order(*ev, evs);
                 }
-                self.runs.insert(*run, Run { by: *by, attempt: *attempt });
-                if let (Some(attempt), [ev]) = (attempt, &evs[..]) {
-                    self.check_begin(*ev, *attempt, *duplicate);
+                let attempt = told.map(|told| (told.attempt, told.position));
+                self.runs.insert(*run, Run { by: *by, attempt });
+                if let (Some(told), [ev]) = (told, &evs[..]) {
+                    self.check_begin(*ev, *told);
                 }
             }
             What::Ended { by, run, ends } => {
@@ -212,14 +214,15 @@ impl Walk<'_> {
         is_part(&wanted, &taken)
     }
 
-    fn check_begin(&mut self, ev: Ev, attempt: u32, duplicate: bool) {
+    fn check_begin(&mut self, ev: Ev, told: Told) {
+        let Told { attempt, duplicate, position } = told;
         // Without an order, instances may handle the one that is marked before the one that is not.
         let ordered = self.plan.ordering == Ordering::Key;
         let about = self.of(ev);
         let begun = about.begun.entry(attempt).or_insert(0);
         *begun += 1;
         let first = if ordered { *begun == 1 } else { duplicate || about.unmarked.insert(attempt) };
-        let repeated = !about.repeats.remove(&attempt) && !first;
+        let repeated = !about.repeats.contains(&(attempt, position)) && !first;
         let failed = attempt == 1 || about.failed.get(&(attempt - 1)).is_some_and(|failed| *failed > 0);
         if repeated && !duplicate {
             self.wrong(ev, &format!("attempt {attempt} begins again, unmarked"));
@@ -248,7 +251,7 @@ impl Walk<'_> {
                 // Known when core has had its turn, before anything else of this instance.
                 let instance = self.instances.entry(by).or_default();
                 if *end == RunEnd::Rejected {
-                    *self.of(*ev).failed.entry(attempt).or_insert(0) += 1;
+                    *self.of(*ev).failed.entry(attempt.0).or_insert(0) += 1;
                 } else {
                     instance.pending = Some((*ev, attempt));
                 }
@@ -276,7 +279,7 @@ impl Walk<'_> {
             about.uncounted += 1;
             about.repeats.insert(attempt);
         } else {
-            *about.failed.entry(attempt).or_insert(0) += 1;
+            *about.failed.entry(attempt.0).or_insert(0) += 1;
             if self.plan.outage.is_some() && self.has_outage(by) {
                 self.wrong(ev, &format!("is counted by [{by}] as failed, but this is an outage"));
             }
@@ -309,6 +312,11 @@ impl Walk<'_> {
         if !ack || !live || lost {
             self.of(ev).credits += 1;
         }
+        let instance = self.instances.entry(by).or_default();
+        if let Some(passed) = instance.passed.get_mut(&ev).filter(|passed| **passed > 0) {
+            *passed -= 1;
+            instance.last.clear();
+        }
         if !ack {
             // Only what may have ended instances again and again makes room for itself.
             let stopped = self.instances.get(&by).is_some_and(|instance| instance.stopped);
@@ -316,11 +324,6 @@ impl Walk<'_> {
                 self.wrong(ev, &format!("is given back by [{by}], which goes on and has its lease"));
             }
             return;
-        }
-        let instance = self.instances.entry(by).or_default();
-        if let Some(passed) = instance.passed.get_mut(&ev).filter(|passed| **passed > 0) {
-            *passed -= 1;
-            instance.last.clear();
         }
         let single = self.plan.kind != Kind::Batch;
         let supply = self.supply.entry((by, ev)).or_default();

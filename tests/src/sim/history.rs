@@ -26,7 +26,7 @@ pub(crate) enum What {
     /// Core was handed a delivery.
     Handed { by: usize, ev: Ev, redelivered: bool, attempts: u32, place: (u32, u64) },
     /// A run of the handler began; batches tell no attempt.
-    Began { by: usize, run: usize, evs: Vec<Ev>, attempt: Option<u32>, duplicate: bool },
+    Began { by: usize, run: usize, evs: Vec<Ev>, told: Option<Told> },
     /// It ended.
     Ended { by: usize, run: usize, ends: Vec<(Ev, End)> },
     /// Core settled a delivery: whether its lease was live, and whether that was lost on its way.
@@ -41,6 +41,14 @@ pub(crate) enum What {
     Outage { by: usize, on: bool },
     /// Anything else, for the reader.
     Said(String),
+}
+
+/// What a handler of one event is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    pub(crate) attempt: u32,
+    pub(crate) duplicate: bool,
+    pub(crate) position: u64,
 }
 
 /// What was published on behalf of an event.
@@ -141,13 +149,7 @@ impl History {
     }
 
     /// A run begins; says which it is and how many runs each of its events had before.
-    pub(crate) fn begin(
-        &self,
-        by: usize,
-        evs: &[Ev],
-        told: Option<(u32, bool)>,
-        lease: Option<Lease>,
-    ) -> (usize, Vec<u32>) {
+    pub(crate) fn begin(&self, by: usize, evs: &[Ev], told: Option<Told>, lease: Option<Lease>) -> (usize, Vec<u32>) {
         let lease = lease.map(Arc::new);
         let mut state = self.state.lock();
         let others: Vec<_> = state.running.values().map(|g| (g.by, g.evs.clone(), g.lease.clone())).collect();
@@ -160,8 +162,7 @@ impl History {
             *count - 1
         };
         let counts = evs.iter().map(&mut count).collect();
-        let (attempt, duplicate) = told.map_or((None, false), |(attempt, duplicate)| (Some(attempt), duplicate));
-        state.add(self.now(), Some(by), What::Began { by, run, evs: evs.to_vec(), attempt, duplicate });
+        state.add(self.now(), Some(by), What::Began { by, run, evs: evs.to_vec(), told });
         let here = state.running.values().filter(|going| going.by == by).count();
         if here > self.plan.concurrency {
             state.wrong.push(format!("{here} runs at a time in instance {by}, allowed are {}", self.plan.concurrency));
@@ -216,6 +217,11 @@ impl History {
         }
     }
 
+    /// How many entries there are.
+    pub(crate) fn len(&self) -> usize {
+        self.state.lock().entries.len()
+    }
+
     /// All entries and what was found wrong.
     pub(crate) fn take(&self) -> (Vec<Entry>, Vec<String>) {
         let mut state = self.state.lock();
@@ -268,10 +274,13 @@ pub(crate) fn timeline(plan: &Plan, entries: &[Entry]) -> String {
                 place.1,
                 if *redelivered { ", redelivered" } else { "" }
             ),
-            What::Began { by, run, evs, attempt, duplicate } => {
+            What::Began { by, run, evs, told } => {
                 let names: Vec<_> = evs.iter().map(name).collect();
-                let marked = if *duplicate { ", marked" } else { "" };
-                format!("[{by}] run {run} begins: {names:?} attempt {attempt:?}{marked}")
+                let told = told.map_or_else(String::new, |told| {
+                    let marked = if told.duplicate { ", marked" } else { "" };
+                    format!(" attempt {} at {}{marked}", told.attempt, told.position)
+                });
+                format!("[{by}] run {run} begins: {names:?}{told}")
             }
             What::Ended { by, run, ends } => {
                 let ends: Vec<_> = ends.iter().map(|(ev, end)| format!("{} {end:?}", name(ev))).collect();

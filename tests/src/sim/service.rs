@@ -1,6 +1,6 @@
 //! The handlers, which do what the plan says.
 
-use super::history::{End, History};
+use super::history::{End, History, Told};
 use super::plan::{Ev, Kind, Plan, Style, TIMEOUT};
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,7 +87,8 @@ async fn single(
     let history = here.history;
     let plan = Arc::clone(&history.plan);
     let ev = plan.ev(&step.name).ok_or("unknown")?;
-    let told = (delivered.attempt, delivered.possible_duplicate);
+    let Delivered { attempt, possible_duplicate: duplicate, position, .. } = delivered;
+    let told = Told { attempt, duplicate, position };
     let (run, _) = history.begin(here.by, &[ev], Some(told), Some(lease));
     let guard = Guard { run, history: Arc::clone(&history) };
     tokio::time::sleep(plan.events[ev].takes).await;

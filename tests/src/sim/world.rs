@@ -15,10 +15,13 @@ use tidings::{BusConfig, Running, SubscriptionName, Topic};
 use tidings_core::Clock;
 use tidings_testing::wrap::Wrapped;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::sleep_until;
 
 /// By when all must be settled after all is calm, in virtual time.
 const QUIET: Duration = Duration::from_secs(6 * 3600);
+
+/// A history this long will never come to rest.
+const TOO_MUCH: usize = 20_000;
 
 /// What one seed came to.
 pub struct Report {
@@ -125,8 +128,10 @@ impl World {
 
     /// Waits, and looks at the limits meanwhile.
     async fn until(&self, then: tokio::time::Instant) {
-        while tokio::time::Instant::now() < then {
-            sleep_until(then.min(tokio::time::Instant::now() + ms(250))).await;
+        let mut pace = ms(100);
+        while tokio::time::Instant::now() < then && self.history.len() <= TOO_MUCH {
+            sleep_until(then.min(tokio::time::Instant::now() + pace)).await;
+            pace = (pace * 2).min(Duration::from_secs(60));
             for instance in &self.instances {
                 for (_, stats) in instance.running.stats() {
                     if stats.in_flight > self.history.plan.max_in_flight {
@@ -217,12 +222,11 @@ impl World {
         let from = tokio::time::Instant::now();
         let mut pause = ms(200);
         loop {
-            self.until(tokio::time::Instant::now() + ms(200)).await;
-            sleep(pause).await;
+            self.until(tokio::time::Instant::now() + pause).await;
             let end = self.end().await;
             let (stored, retained, dead) = end.stored;
             let done = end.in_flight == 0 && stored == retained + dead && self.drains.len() == 0;
-            if done || from.elapsed() > QUIET {
+            if done || from.elapsed() > QUIET || self.history.len() > TOO_MUCH {
                 return end;
             }
             while self.drains.try_join_next().is_some() {}
