@@ -21,7 +21,7 @@ use tokio::time::sleep_until;
 const QUIET: Duration = Duration::from_secs(6 * 3600);
 
 /// A history this long will never come to rest.
-const TOO_MUCH: usize = 20_000;
+const TOO_MUCH: usize = 8_000;
 
 /// What one seed came to.
 pub struct Report {
