@@ -6,7 +6,7 @@ use super::lanes::Job;
 use crate::handler::{Context, Ended, IntoOutcome, Next, Outcome, Outputs, Request};
 use crate::publish::Post;
 use crate::transport::Lease;
-use crate::{Error, ErrorKind, HandlerError, Key, Message, Result, Topic};
+use crate::{Error, ErrorKind, Key, Message, Result, Topic};
 use futures_util::FutureExt;
 use std::any::Any;
 use std::future::Future;

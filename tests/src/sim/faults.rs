@@ -4,9 +4,9 @@ use super::history::{Answer, History, Sent, To, What};
 use super::plan::{Ev, ms};
 use futures_util::FutureExt;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -32,6 +32,7 @@ pub(crate) struct Connection {
     pub(crate) faults: Arc<Faults>,
     pub(crate) by: Option<usize>,
     inner: Mutex<Option<Box<dyn Subscription>>>,
+    settle: Mutex<Weak<FaultySettle>>,
 }
 
 impl Faults {
@@ -75,7 +76,15 @@ impl Faults {
 
 impl Connection {
     pub(crate) fn new(faults: &Arc<Faults>, by: Option<usize>) -> Arc<Self> {
-        Arc::new(Self { faults: Arc::clone(faults), by, inner: Mutex::default() })
+        Arc::new(Self { faults: Arc::clone(faults), by, inner: Mutex::default(), settle: Mutex::default() })
+    }
+
+    /// Some of its leases are lost, as where each delivery has one of its own that expires.
+    pub(crate) fn lose_some(&self) {
+        let settle = self.settle.lock().upgrade();
+        if let Some(settle) = settle {
+            settle.lose_some();
+        }
     }
 
     /// Its process is dead: the broker sees that at once, and core sees nothing any more.
@@ -188,7 +197,9 @@ struct FaultySettle {
 
 #[derive(Default)]
 struct Open {
-    ackers: HashMap<u64, (Acker, Ev)>,
+    ackers: BTreeMap<u64, (Acker, Ev)>,
+    /// Whose lease was lost.
+    gone: BTreeMap<u64, Ev>,
     last: u64,
 }
 
@@ -300,6 +311,16 @@ impl Drop for FaultySubscription {
 }
 
 impl FaultySettle {
+    fn lose_some(&self) {
+        let faults = &self.connection.faults;
+        let lost: Vec<_> = self.open.lock().ackers.extract_if(.., |_, _| faults.roll(400)).collect();
+        for (seq, (acker, ev)) in lost {
+            self.open.lock().gone.insert(seq, ev);
+            faults.history.add(What::Settled { by: self.by, ev, ack: false, live: false, lost: true });
+            acker.release(faults.latency());
+        }
+    }
+
     fn open(self: &Arc<Self>, mut delivery: Delivery) -> Delivery {
         let history = &self.connection.faults.history;
         let sent = about(history, &Destination::Topic(delivery.message.topic.clone()), &delivery.message);
@@ -317,10 +338,14 @@ impl FaultySettle {
 
 impl Settle for FaultySettle {
     fn settle(&self, tag: Tag, settlement: Settlement) {
+        let (faults, ack) = (&self.connection.faults, settlement == Settlement::Ack);
+        let gone = self.open.lock().gone.remove(&tag.seq);
+        if let Some(ev) = gone {
+            return faults.history.add(What::Settled { by: self.by, ev, ack, live: false, lost: false });
+        }
         let removed = self.open.lock().ackers.remove(&tag.seq);
         let Some((acker, ev)) = removed else { return };
-        let faults = &self.connection.faults;
-        let (ack, live) = (settlement == Settlement::Ack, acker.lease() == Lease::Live);
+        let live = acker.lease() == Lease::Live;
         let lost = ack && live && faults.roll(faults.history.plan.rates.lose_ack);
         faults.history.add(What::Settled { by: self.by, ev, ack, live, lost });
         if lost {
@@ -353,6 +378,7 @@ impl Tamper for Faulty {
         *connection.inner.lock() = Some(inner);
         let by = connection.by.unwrap_or_default();
         let settle = Arc::new(FaultySettle { connection: Arc::clone(&connection), by, open: Mutex::default() });
+        *connection.settle.lock() = Arc::downgrade(&settle);
         Box::new(FaultySubscription {
             connection,
             settle,

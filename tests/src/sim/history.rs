@@ -110,6 +110,9 @@ struct State {
     tells: HashMap<usize, EventStream>,
 }
 
+/// Another run that goes on: whose, of what, and its lease, if it has one.
+type Other = (usize, Vec<Ev>, Option<Arc<Lease>>);
+
 struct Going {
     by: usize,
     evs: Vec<Ev>,
@@ -143,7 +146,7 @@ impl History {
         self.add(What::Said(what.into()));
     }
 
-    pub(crate) fn wrong(&self, what: String) {
+    pub(crate) fn wrong(&self, what: &str) {
         let at = self.now();
         self.state.lock().wrong.push(format!("{at:?}: {what}"));
     }
@@ -173,7 +176,7 @@ impl History {
     }
 
     /// A key is not handled twice at a time, unless by one that has lost its lease.
-    fn check_overlap(&self, evs: &[Ev], others: &[(usize, Vec<Ev>, Option<Arc<Lease>>)]) {
+    fn check_overlap(&self, evs: &[Ev], others: &[Other]) {
         if self.plan.ordering != tidings::transport::Ordering::Key {
             return;
         }
@@ -181,7 +184,7 @@ impl History {
         for (by, theirs, lease) in others {
             let shared = evs.iter().any(|ev| theirs.iter().any(|other| key(other) == key(ev)));
             if shared && lease.as_ref().is_some_and(|lease| !lease.is_lost()) {
-                self.wrong(format!("{evs:?} begins while {theirs:?} runs in instance {by} with a live lease"));
+                self.wrong(&format!("{evs:?} begins while {theirs:?} runs in instance {by} with a live lease"));
             }
         }
     }
@@ -217,9 +220,9 @@ impl History {
         }
     }
 
-    /// How many entries there are.
-    pub(crate) fn len(&self) -> usize {
-        self.state.lock().entries.len()
+    /// Whether this will never come to rest.
+    pub(crate) fn is_too_long(&self) -> bool {
+        self.state.lock().entries.len() > 8_000
     }
 
     /// All entries and what was found wrong.

@@ -107,6 +107,8 @@ pub(crate) enum Action {
     Cut(usize),
     /// All instances lose their leases.
     LoseLeases,
+    /// One loses some of its leases; where keys have an order, all.
+    LoseSome(usize),
 }
 
 /// How an event ends.
@@ -229,7 +231,7 @@ impl Plan {
         for _ in 0..r.usize(0..10) {
             let at = ms(r.u64(0..ACTIVE));
             let which = r.usize(0..3);
-            let action = match r.u32(0..8) {
+            let action = match r.u32(0..10) {
                 // Fewer than would make anything suspect of more than a few crashes.
                 0 | 1 if deaths < 6 => {
                     deaths += 1;
@@ -242,6 +244,7 @@ impl Plan {
                 3 => Action::Drain(which, ms(r.u64(0..4000))),
                 4 => Action::Cut(which),
                 5 => Action::LoseLeases,
+                6 | 7 => Action::LoseSome(which),
                 _ => Action::Start,
             };
             self.actions.push((at, action));

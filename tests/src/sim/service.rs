@@ -78,6 +78,11 @@ fn error(style: Style) -> HandlerError {
     }
 }
 
+/// Takes its time; all of it, if this run of the simulation will never come to rest otherwise.
+async fn take(history: &History, time: Duration) {
+    tokio::time::sleep(if history.is_too_long() { TIMEOUT * 2 } else { time }).await;
+}
+
 async fn single(
     step: Step,
     delivered: Delivered,
@@ -91,7 +96,7 @@ async fn single(
     let told = Told { attempt, duplicate, position };
     let (run, _) = history.begin(here.by, &[ev], Some(told), Some(lease));
     let guard = Guard { run, history: Arc::clone(&history) };
-    tokio::time::sleep(plan.events[ev].takes).await;
+    take(&history, plan.events[ev].takes).await;
     match verdict(&plan, ev, delivered.attempt - 1, history.now()) {
         Verdict::Success => {
             guard.end(vec![(ev, End::Success)]);
@@ -123,7 +128,7 @@ async fn batch_of(steps: &[Step], here: &Here) -> Result<(Guard, Vec<(Ev, Verdic
     let (run, counts) = history.begin(here.by, &evs, None, None);
     let guard = Guard { run, history: Arc::clone(history) };
     let longest = evs.iter().map(|ev| plan.events[*ev].takes).max().unwrap_or_default();
-    tokio::time::sleep(longest).await;
+    take(history, longest).await;
     let now = history.now();
     let verdicts = evs.iter().zip(counts).map(|(ev, count)| (*ev, verdict(plan, *ev, count, now)));
     Ok((guard, verdicts.collect()))

@@ -20,9 +20,6 @@ use tokio::time::sleep_until;
 /// By when all must be settled after all is calm, in virtual time.
 const QUIET: Duration = Duration::from_secs(6 * 3600);
 
-/// A history this long will never come to rest.
-const TOO_MUCH: usize = 8_000;
-
 /// What one seed came to.
 pub struct Report {
     seed: u64,
@@ -104,7 +101,7 @@ impl World {
     async fn run(mut self) -> (Vec<Entry>, Vec<String>) {
         let plan = Arc::clone(&self.history.plan);
         self.start().await;
-        if plan.seed % 2 == 0 {
+        if plan.seed.is_multiple_of(2) {
             self.start().await;
         }
         let publishing = self.publish();
@@ -129,13 +126,13 @@ impl World {
     /// Waits, and looks at the limits meanwhile.
     async fn until(&self, then: tokio::time::Instant) {
         let mut pace = ms(100);
-        while tokio::time::Instant::now() < then && self.history.len() <= TOO_MUCH {
+        while tokio::time::Instant::now() < then && !self.history.is_too_long() {
             sleep_until(then.min(tokio::time::Instant::now() + pace)).await;
             pace = (pace * 2).min(Duration::from_secs(60));
             for instance in &self.instances {
                 for (_, stats) in instance.running.stats() {
                     if stats.in_flight > self.history.plan.max_in_flight {
-                        self.history.wrong(format!("instance {} has {} in flight", instance.by, stats.in_flight));
+                        self.history.wrong(&format!("instance {} has {} in flight", instance.by, stats.in_flight));
                     }
                 }
             }
@@ -184,12 +181,16 @@ impl World {
                 let name = SubscriptionName::new(NAME).expect("a name");
                 return native(&*self.keeps).lose_leases(&name).expect("it exists");
             }
-            Action::Kill(at) | Action::Drop(at) | Action::Drain(at, _) | Action::Cut(at) => at,
+            Action::Kill(at) | Action::Drop(at) | Action::Drain(at, _) | Action::Cut(at) | Action::LoseSome(at) => at,
         };
         if at >= self.instances.len() {
             return;
         }
-        if let Action::Cut(_) = action {
+        if matches!(action, Action::LoseSome(_)) && self.history.plan.ordering == Ordering::None {
+            self.history.say(format!("[{}] loses some leases", self.instances[at].by));
+            return self.instances[at].connection.lose_some();
+        }
+        if let Action::Cut(_) | Action::LoseSome(_) = action {
             self.history.say(format!("[{}] is cut off", self.instances[at].by));
             return native(&**self.instances[at].bus.transport()).cut();
         }
@@ -225,8 +226,8 @@ impl World {
             self.until(tokio::time::Instant::now() + pause).await;
             let end = self.end().await;
             let (stored, retained, dead) = end.stored;
-            let done = end.in_flight == 0 && stored == retained + dead && self.drains.len() == 0;
-            if done || from.elapsed() > QUIET || self.history.len() > TOO_MUCH {
+            let done = end.in_flight == 0 && stored == retained + dead && self.drains.is_empty();
+            if done || from.elapsed() > QUIET || self.history.is_too_long() {
                 return end;
             }
             while self.drains.try_join_next().is_some() {}
