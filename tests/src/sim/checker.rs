@@ -28,6 +28,8 @@ struct Walk<'a> {
     taken: HashMap<Ev, BTreeMap<String, u32>>,
     /// What was sent without an answer that says whether it was taken.
     unsure: HashSet<(Option<usize>, u8, String, u32)>,
+    /// What an instance was handed, by position, since it last succeeded there.
+    fresh: HashSet<(usize, u64)>,
     /// What has stepped aside.
     aside: HashSet<Ev>,
     /// What was dead-lettered first before an outage.
@@ -57,7 +59,7 @@ struct About {
 #[derive(Default)]
 struct Instance {
     outage: bool,
-    stopped: bool,
+    stopped: Option<Duration>,
     going: HashSet<usize>,
     /// Which event failed for now, of the last runs since one passed.
     last: VecDeque<Ev>,
@@ -101,6 +103,7 @@ pub(crate) fn check(plan: &Plan, entries: &[Entry], end: &End) -> Vec<String> {
         outputs: HashMap::new(),
         taken: HashMap::new(),
         unsure: HashSet::new(),
+        fresh: HashSet::new(),
         aside: HashSet::new(),
         buried: HashSet::new(),
         of_key: plan.by_key(),
@@ -125,8 +128,9 @@ impl Walk<'_> {
 
     fn step(&mut self, what: &What) {
         match what {
-            What::Published { .. } | What::Said(_) | What::Handed { .. } => {}
-            What::Stopped { by, .. } => self.instances.entry(*by).or_default().stopped = true,
+            What::Published { .. } | What::Said(_) => {}
+            What::Handed { by, place, .. } => drop(self.fresh.insert((*by, place.1))),
+            What::Stopped { by, .. } => self.instances.entry(*by).or_default().stopped = Some(self.now),
             What::Outage { by, on } => self.outage(*by, *on),
             What::Began { by, run, evs, told } => {
                 self.count_pending(*by);
@@ -138,6 +142,9 @@ impl Walk<'_> {
                 self.runs.insert(*run, Run { by: *by, attempt });
                 if let (Some(told), [ev]) = (told, &evs[..]) {
                     self.check_begin(*ev, *told);
+                    if !self.fresh.contains(&(*by, told.position)) {
+                        self.wrong(*ev, &format!("is run twice by [{by}] instead of being settled with its copy"));
+                    }
                 }
             }
             What::Ended { by, run, ends } => {
@@ -173,7 +180,8 @@ impl Walk<'_> {
         if probes {
             self.wrong(evs[0], "begins beside another in an outage");
         }
-        if stopped {
+        // A drain begins when its task has its turn.
+        if stopped.is_some_and(|stopped| stopped < self.now) {
             self.wrong(evs[0], &format!("begins in [{by}], which has been stopped"));
         }
     }
@@ -197,7 +205,7 @@ impl Walk<'_> {
             .find(|older| self.confirmed.contains(older) && !batch[..before].contains(older) && !self.is_over(*older));
         if let Some(open) = open {
             let open = self.plan.events[open].name.clone();
-            self.wrong(ev, &format!("begins before {open} has ended"));
+            self.wrong(ev, &format!("begins, or is acked, before {open} has ended"));
         }
     }
 
@@ -242,6 +250,9 @@ impl Walk<'_> {
             match end {
                 RunEnd::Success => {
                     self.of(*ev).successes += 1;
+                    if let Some((_, position)) = attempt {
+                        self.fresh.remove(&(by, position));
+                    }
                     self.supply.entry((by, *ev)).or_default().successes += 1;
                 }
                 RunEnd::Dropped => self.of(*ev).credits += 1,
@@ -280,7 +291,7 @@ impl Walk<'_> {
             about.repeats.insert(attempt);
         } else {
             *about.failed.entry(attempt.0).or_insert(0) += 1;
-            if self.plan.outage.is_some() && self.has_outage(by) {
+            if self.plan.outage.is_some() && self.plan.is_steady() && self.has_outage(by) {
                 self.wrong(ev, &format!("is counted by [{by}] as failed, but this is an outage"));
             }
         }
@@ -298,7 +309,7 @@ impl Walk<'_> {
         if on {
             // What runs now is no probe.
             instance.going.clear();
-            if !self.has_outage(by) {
+            if self.plan.is_steady() && !self.has_outage(by) {
                 self.wrong.push(format!("{:?}: [{by}] tells of an outage, and there is none", self.now));
             }
         } else {
@@ -319,7 +330,7 @@ impl Walk<'_> {
         }
         if !ack {
             // Only what may have ended instances again and again makes room for itself.
-            let stopped = self.instances.get(&by).is_some_and(|instance| instance.stopped);
+            let stopped = self.instances.get(&by).is_some_and(|instance| instance.stopped.is_some());
             if live && !stopped && self.plan.deaths() < 4 {
                 self.wrong(ev, &format!("is given back by [{by}], which goes on and has its lease"));
             }
@@ -340,6 +351,9 @@ impl Walk<'_> {
                 ev,
                 &format!("is acked by [{by}] before what its handler returned was confirmed: {confirmed:?}"),
             );
+        }
+        if live && by_success && enough {
+            self.check_order(ev, &[]);
         }
         if single && live && by_success && confirmed.len() > wanted.len() {
             self.wrong(ev, "a repeated run returned other ids");

@@ -279,6 +279,12 @@ impl Plan {
         self.by_name.get(name).copied()
     }
 
+    /// Whether nothing comes twice, so that it can be told what core must take for an outage.
+    pub(crate) fn is_steady(&self) -> bool {
+        let Rates { lose_ack, lose_answer, silence, .. } = self.rates;
+        self.actions.is_empty() && lose_ack + lose_answer + silence == 0
+    }
+
     /// How many instances end without a drain.
     pub(crate) fn deaths(&self) -> usize {
         self.actions.iter().filter(|(_, action)| matches!(action, Action::Kill(_) | Action::Drop(_))).count()
