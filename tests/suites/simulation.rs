@@ -69,6 +69,21 @@ fn all_promises_hold_whatever_goes_wrong_4() {
     share(3);
 }
 
+/// Seeds that showed a defect of core, each by the mutation that brings it back.
+const DEFECTS: [(u64, &str); 3] = [
+    (226, "a batch of which the first has lost its lease does not publish what it returned, and acks the others"),
+    (158, "what steps aside of a possible duplicate is not marked"),
+    (178, "what steps aside of a possible duplicate is not marked"),
+];
+
+#[test]
+fn defects_that_were_found_stay_away() {
+    for (seed, defect) in DEFECTS {
+        let report = run(seed);
+        assert!(report.wrong().is_empty(), "{defect}:\n{report}");
+    }
+}
+
 /// `TIDINGS_SIM_SEED=123 cargo test -p tidings-tests --test simulation`
 #[test]
 fn one_seed_alone() {
