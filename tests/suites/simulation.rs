@@ -70,10 +70,11 @@ fn all_promises_hold_whatever_goes_wrong_4() {
 }
 
 /// Seeds that showed a defect of core, each by the mutation that brings it back.
-const DEFECTS: [(u64, &str); 3] = [
+const DEFECTS: [(u64, &str); 4] = [
     (226, "a batch of which the first has lost its lease does not publish what it returned, and acks the others"),
     (158, "what steps aside of a possible duplicate is not marked"),
     (178, "what steps aside of a possible duplicate is not marked"),
+    (7748, "behind an event of a batch that was left to another instance, a later one of its key is settled"),
 ];
 
 #[test]
