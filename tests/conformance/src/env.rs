@@ -174,3 +174,24 @@ impl<T: Clone + Send + 'static> Seen<T> {
         self.all()
     }
 }
+
+impl Env {
+    /// Another namespace on the same broker, which the case must [clean up](Self::clean_up).
+    pub(crate) async fn elsewhere(&self) -> Self {
+        let broker = self.factory.open(&namespace()).await.expect("another namespace");
+        let first = broker.connect().await.expect("a connection");
+        Self { broker, first, ..self.clone() }
+    }
+}
+
+/// How many bytes of memory this process uses; `None` where that cannot be told.
+pub(crate) fn memory() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib * 1024)
+}
+
+/// Waits until a sum over the subscriptions of a service is as high.
+pub(crate) async fn until(running: &Running, what: &str, number: fn(&tidings_core::Stats) -> u64, at_least: u64) {
+    eventually(what, || async { total(running, number) >= at_least }).await;
+}
