@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, Weak};
 use tidings::memory::{MemoryConfig, MemoryTransport};
 use tidings::transport::Transport;
 use tidings_conformance::{Broker, Factory};
-use tidings_core::Result;
+use tidings_core::{Error, ErrorKind, Result};
+use tidings_nats::{NatsConfig, NatsTransport};
 
 /// The memory transport: one broker for each case.
 #[derive(Clone, Debug, Default)]
@@ -61,5 +62,68 @@ impl Broker for MemoryBroker {
 
     async fn clean_up(&self) -> Result<()> {
         Ok(())
+    }
+}
+
+/// NATS JetStream, on a server that runs already.
+#[derive(Clone, Debug)]
+pub struct Nats {
+    url: Option<String>,
+}
+
+impl Nats {
+    /// The server that `TIDINGS_TEST_NATS_URL` names.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self { url: std::env::var("TIDINGS_TEST_NATS_URL").ok() }
+    }
+}
+
+struct NatsBroker(NatsConfig);
+
+#[async_trait]
+impl Factory for Nats {
+    fn name(&self) -> &'static str {
+        "nats"
+    }
+
+    async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
+        let url = self.url.as_deref().ok_or_else(|| {
+            let why = "TIDINGS_TEST_NATS_URL names no server, such as nats://127.0.0.1:4222";
+            Error::new(ErrorKind::Config, why)
+        })?;
+        let mut config = NatsConfig::from_url(url)?;
+        namespace.clone_into(&mut config.namespace);
+        // What a dead instance left open comes back soon enough for a test.
+        config.ack_wait = std::time::Duration::from_secs(3);
+        Ok(Arc::new(NatsBroker(config)))
+    }
+}
+
+#[async_trait]
+impl Broker for NatsBroker {
+    async fn connect(&self) -> Result<Arc<dyn Transport>> {
+        Ok(NatsTransport::connect(self.0.clone()).await?)
+    }
+
+    async fn clean_up(&self) -> Result<()> {
+        let transport = NatsTransport::connect(self.0.clone()).await?;
+        let client = transport.native().downcast_ref::<async_nats::Client>().expect("its native client");
+        let unreachable = |e| Error::new(ErrorKind::Connection, "the server does not answer").with_source(e);
+        let request = |subject: String| async move {
+            let answer = client.request(subject, "".into()).await.map_err(unreachable)?;
+            let answer = serde_json::from_slice::<serde_json::Value>(&answer.payload);
+            answer.map_err(|e| Error::new(ErrorKind::Internal, "the answer cannot be read").with_source(e))
+        };
+        // Consumers go with their streams. No other namespace begins so.
+        let (own, bucket) = (format!("{}__", self.0.namespace), format!("KV_{}__", self.0.namespace));
+        loop {
+            let names = request("$JS.API.STREAM.NAMES".into()).await?;
+            let names = names["streams"].as_array().into_iter().flatten().filter_map(|name| name.as_str());
+            let names: Vec<_> = names.filter(|name| name.starts_with(&own) || name.starts_with(&bucket)).collect();
+            let Some(name) = names.first() else { break };
+            request(format!("$JS.API.STREAM.DELETE.{name}")).await?;
+        }
+        transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(5)).await
     }
 }

@@ -1,9 +1,14 @@
 //! The cases, in groups. Each has the name of a promise.
 
+mod composition;
 mod data;
 mod dead_letter;
 mod flow;
+mod groups;
+mod lifecycle;
+mod order;
 mod publish;
+mod replay;
 mod settlement;
 
 use crate::env::Env;
@@ -32,6 +37,8 @@ pub(crate) enum Need {
     Beginning,
     /// Reading again.
     Replay,
+    /// Not being able to read again.
+    NoReplay,
     /// Counting what is lost with its instance.
     CountsLosses,
     /// Cutting the connection.
@@ -54,6 +61,7 @@ impl Need {
             Self::Beginning => (can.start_beginning, "start_beginning"),
             Self::Replay => (can.replay, "replay"),
             Self::CountsLosses => (can.counts_losses, "counts_losses"),
+            Self::NoReplay => return can.replay.then(|| "its capabilities say `replay: true`".into()),
             Self::Cut => return env.factory().cannot_cut().map(Into::into),
             Self::Restart => return env.factory().cannot_restart().map(Into::into),
             Self::Alone => return None,
@@ -76,7 +84,9 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [publish::CASES, data::CASES, settlement::CASES, dead_letter::CASES, flow::CASES].into_iter().flatten()
+    let first = [publish::CASES, data::CASES, settlement::CASES, dead_letter::CASES, flow::CASES];
+    let second = [order::CASES, groups::CASES, lifecycle::CASES, replay::CASES, composition::CASES];
+    first.into_iter().chain(second).flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.
