@@ -62,6 +62,10 @@ pub(crate) async fn drive(mut driver: Driver, stop: Arc<Notify>) {
     let mut connected = driver.instance.link.connected.subscribe();
     let Some(mut messages) = driver.listen().await else { return };
     let instance = Arc::clone(&driver.instance);
+    if driver.tells_gaps() {
+        // Before what follows it. What cannot be found out now is looked for again.
+        let _ = driver.look_for_gap().await;
+    }
     loop {
         let change = instance.change();
         tokio::pin!(change);
@@ -129,6 +133,10 @@ impl Driver {
 
     fn keyed(&self) -> bool {
         self.plan.ordering == Ordering::Key && !self.instance.is_replay()
+    }
+
+    fn tells_gaps(&self) -> bool {
+        !self.instance.is_replay() && self.plan.start > 0
     }
 
     // ---- Asking ----
@@ -295,7 +303,7 @@ impl Driver {
         // What does not answer now is asked again.
         if recovering {
             let _ = self.look_at_recovery().await;
-        } else if !self.instance.is_replay() && self.plan.start > 0 {
+        } else if self.tells_gaps() {
             let _ = self.look_for_gap().await;
         }
     }

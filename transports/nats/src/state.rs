@@ -19,6 +19,9 @@ const UNCLAIMED: Duration = Duration::from_millis(500);
 /// How many may be read from an address ahead of their turn.
 const ADDRESS_AHEAD: usize = 16;
 
+/// Of how many delayed messages is remembered that they were not handed out yet; others are told as redelivered.
+const EARLY: usize = 65_536;
+
 /// How instances share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -96,6 +99,8 @@ pub(crate) struct Source {
     pub(crate) revoking: bool,
     /// A replay has read all that there is for it.
     pub(crate) done: bool,
+    /// What came before it was due, and how often the server had sent it then: the next time is not a repeat.
+    early: HashMap<u64, u64>,
 }
 
 pub(crate) struct State {
@@ -155,6 +160,7 @@ impl Source {
             recovery: None,
             revoking: false,
             done: false,
+            early: HashMap::new(),
         }
     }
 
@@ -353,12 +359,17 @@ impl State {
         if source.kind == Kind::Address
             && let Some(left) = not_due(&held.raw, place.stored)
         {
+            let again = place.delivered > 1 && source.early.get(&place.position) != Some(&(place.delivered - 1));
+            if !again && (source.early.len() < EARLY || source.early.contains_key(&place.position)) {
+                source.early.insert(place.position, place.delivered);
+            }
             return writer.push(Op::nak(id, held.reply(), left));
         }
+        let redelivered = place.delivered > 1 && source.early.remove(&place.position) != Some(place.delivered - 1);
         if mode == Mode::Shared && stopped {
             return writer.push(Op::nak(id, held.reply(), Duration::ZERO));
         }
-        self.take_in(id, held, place.delivered > 1, writer);
+        self.take_in(id, held, redelivered, writer);
     }
 
     /// What is here already takes the new copy's place at the server; else it waits its turn.
@@ -377,7 +388,7 @@ impl State {
             return;
         }
         // What the server has forgotten to have handed out comes with a count of 1.
-        held.redelivered = redelivered || held.position <= source.high;
+        held.redelivered = redelivered || (source.kind == Kind::Topic && held.position <= source.high);
         source.high = source.high.max(held.position);
         if let Some(recovery) = source.recovery.as_mut().filter(|recovery| held.position <= recovery.after) {
             recovery.missing = recovery.missing.saturating_sub(1);
