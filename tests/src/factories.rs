@@ -69,17 +69,31 @@ impl Broker for MemoryBroker {
 #[derive(Clone, Debug)]
 pub struct Nats {
     url: Option<String>,
+    /// A command that kills the server and starts it again.
+    restart: Option<String>,
 }
 
 impl Nats {
-    /// The server that `TIDINGS_TEST_NATS_URL` names.
+    /// The server that `TIDINGS_TEST_NATS_URL` names; `TIDINGS_TEST_NATS_RESTART` is a command that kills it and starts it
+    /// again.
     #[must_use]
     pub fn from_env() -> Self {
-        Self { url: std::env::var("TIDINGS_TEST_NATS_URL").ok() }
+        let of = |name| std::env::var(name).ok();
+        Self { url: of("TIDINGS_TEST_NATS_URL"), restart: of("TIDINGS_TEST_NATS_RESTART") }
     }
 }
 
-struct NatsBroker(NatsConfig);
+struct NatsBroker {
+    config: NatsConfig,
+    restart: Option<String>,
+    connected: Mutex<Vec<Weak<NatsTransport>>>,
+}
+
+impl NatsBroker {
+    fn client(transport: &NatsTransport) -> &async_nats::Client {
+        transport.native().downcast_ref().expect("its native client")
+    }
+}
 
 #[async_trait]
 impl Factory for Nats {
@@ -96,19 +110,54 @@ impl Factory for Nats {
         namespace.clone_into(&mut config.namespace);
         // What a dead instance left open comes back soon enough for a test.
         config.ack_wait = std::time::Duration::from_secs(3);
-        Ok(Arc::new(NatsBroker(config)))
+        Ok(Arc::new(NatsBroker { config, restart: self.restart.clone(), connected: Mutex::default() }))
+    }
+
+    fn cannot_cut(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn cannot_restart(&self) -> Option<&'static str> {
+        self.restart.is_none().then_some("TIDINGS_TEST_NATS_RESTART names no command that restarts the server")
     }
 }
 
 #[async_trait]
 impl Broker for NatsBroker {
     async fn connect(&self) -> Result<Arc<dyn Transport>> {
-        Ok(NatsTransport::connect(self.0.clone()).await?)
+        let transport = NatsTransport::connect(self.config.clone()).await?;
+        self.connected.lock().expect("no panic inside").push(Arc::downgrade(&transport));
+        Ok(transport)
+    }
+
+    async fn cut(&self) -> Result<()> {
+        let transports: Vec<_> = self.connected.lock().expect("no panic inside").iter().filter_map(Weak::upgrade).collect();
+        for transport in transports {
+            // One that is closed has nothing to cut.
+            let _ = Self::client(&transport).force_reconnect().await;
+        }
+        Ok(())
+    }
+
+    async fn restart(&self) -> Result<()> {
+        let command = self.restart.clone().unwrap_or_default();
+        let run = move || std::process::Command::new("sh").arg("-c").arg(command).status();
+        let status = tokio::task::spawn_blocking(run).await.expect("no panic inside");
+        if !status.is_ok_and(|status| status.success()) {
+            return Err(Error::new(ErrorKind::Internal, "the command that restarts the server has failed"));
+        }
+        loop {
+            match NatsTransport::connect(self.config.clone()).await {
+                Ok(transport) => return transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(1)).await,
+                Err(error) if error.is_transient() => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     async fn clean_up(&self) -> Result<()> {
-        let transport = NatsTransport::connect(self.0.clone()).await?;
-        let client = transport.native().downcast_ref::<async_nats::Client>().expect("its native client");
+        let transport = NatsTransport::connect(self.config.clone()).await?;
+        let client = Self::client(&transport);
         let unreachable = |e| Error::new(ErrorKind::Connection, "the server does not answer").with_source(e);
         let request = |subject: String| async move {
             let answer = client.request(subject, "".into()).await.map_err(unreachable)?;
@@ -116,7 +165,7 @@ impl Broker for NatsBroker {
             answer.map_err(|e| Error::new(ErrorKind::Internal, "the answer cannot be read").with_source(e))
         };
         // Consumers go with their streams. No other namespace begins so.
-        let (own, bucket) = (format!("{}__", self.0.namespace), format!("KV_{}__", self.0.namespace));
+        let (own, bucket) = (format!("{}__", self.config.namespace), format!("KV_{}__", self.config.namespace));
         loop {
             let names = request("$JS.API.STREAM.NAMES".into()).await?;
             let names = names["streams"].as_array().into_iter().flatten().filter_map(|name| name.as_str());
