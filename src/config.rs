@@ -4,6 +4,7 @@ use crate::{BusConfig, Error, ErrorKind, Result, SubscriptionName, Topic};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 use tidings_core::transport::TopicSpec;
@@ -46,7 +47,7 @@ pub(crate) const TRANSPORTS: [&str; 4] = ["memory", "nats", "rabbitmq", "kafka"]
 /// # tidings::Result::<()>::Ok(()) }).unwrap();
 /// # fn tokio_test<F: Future>(f: F) -> F::Output { tokio::runtime::Runtime::new().unwrap().block_on(f) }
 /// ```
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Default, PartialEq)]
 pub struct Config {
     /// The transport chosen by name.
     pub(crate) transport: Option<String>,
@@ -216,8 +217,9 @@ fn overlay(table: &mut Table, variable: &str, key: &str, value: &str) -> Result<
     }
 }
 
+/// A number only if nothing is lost by it: a password may begin with a zero.
 fn scalar(text: &str) -> Value {
-    let number = text.parse().map(Value::Integer).ok();
+    let number = text.parse().ok().filter(|n: &i64| n.to_string() == text).map(Value::Integer);
     number.or_else(|| text.parse().map(Value::Boolean).ok()).unwrap_or_else(|| Value::String(text.to_owned()))
 }
 
@@ -269,6 +271,21 @@ fn malformed(origin: &str, key: &str, error: &toml::de::Error) -> Error {
 fn invalid(origin: &str, key: &str, why: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     let error = Error::new(ErrorKind::Config, why).with_context("from", origin);
     if key.is_empty() { error } else { error.with_context("key", key) }
+}
+
+/// Neither the URL nor what stands in the sections, which may hold secrets.
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = self.url.as_deref().and_then(|url| url.split_once("://")).map(|(scheme, _)| scheme);
+        f.debug_struct("Config")
+            .field("transport", &self.transport)
+            .field("url", &scheme.map(|scheme| format!("{scheme}://..")))
+            .field("namespace", &self.namespace)
+            .field("bus", &self.bus)
+            .field("topics", &self.topics)
+            .field("sections", &self.sections.keys().collect::<Vec<_>>())
+            .finish()
+    }
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ pub use tidings_codecs as codecs;
 pub use tidings_core::{
     Backoff, Batch, BoxError, Bus, BusConfig, BusEvent, Capable, Connect, DeadLetterBox, DeadLetterInfo,
     DeadLetterReason, Drained, Error, ErrorKind, Event, EventStream, HandlerError, Headers, Key, Message, MessageId,
-    OutagePolicy, PublishErrors, PublishOptions, RawMessage, Result, RetryMode, RetryPolicy, Running, Service, Stats,
-    SubscriptionConfig, SubscriptionName, Text, ToKey, Topic, TopicPattern, Unrouted, handler, header, transport,
+    OutagePolicy, PublishErrors, PublishOptions, RawMessage, Result, RetryMode, RetryPolicy, Running, Secret, Service,
+    Stats, SubscriptionConfig, SubscriptionName, Text, ToKey, Topic, TopicPattern, Unrouted, handler, header,
+    transport,
 };
 #[cfg(feature = "macros")]
 pub use tidings_macros::Event;

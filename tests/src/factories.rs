@@ -1,12 +1,64 @@
 //! The transports of this repository, as the conformance suite takes them.
 
+use crate::proxy::Proxy;
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, Weak};
 use tidings::memory::{MemoryConfig, MemoryTransport};
 use tidings::transport::Transport;
 use tidings_conformance::{Broker, Factory};
-use tidings_core::{Error, ErrorKind, Result};
+use tidings_core::{Connect, Error, ErrorKind, Result};
+use tidings_directory::DirectoryConfig;
 use tidings_nats::{NatsConfig, NatsTransport};
+
+/// The example of a transport: a directory of files for each case.
+#[derive(Clone, Debug, Default)]
+pub struct Directory;
+
+struct DirectoryBroker {
+    config: DirectoryConfig,
+}
+
+#[async_trait]
+impl Factory for Directory {
+    fn name(&self) -> &'static str {
+        "directory"
+    }
+
+    async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
+        let path = std::env::temp_dir().join("tidings-directory").join(namespace);
+        Ok(Arc::new(DirectoryBroker { config: DirectoryConfig { path, ..DirectoryConfig::default() } }))
+    }
+
+    fn cannot_cut(&self) -> Option<&'static str> {
+        Some("there is no connection to a directory")
+    }
+
+    fn cannot_restart(&self) -> Option<&'static str> {
+        Some("there is no server behind a directory")
+    }
+}
+
+#[async_trait]
+impl Broker for DirectoryBroker {
+    async fn connect(&self) -> Result<Arc<dyn Transport>> {
+        Ok(self.config.clone().connect().await?.0)
+    }
+
+    async fn clean_up(&self) -> Result<()> {
+        // What a case left behind may still write.
+        let mut tries = 0;
+        loop {
+            match std::fs::remove_dir_all(&self.config.path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound && tries == 100 => {
+                    return Err(Error::new(ErrorKind::Internal, "the directory cannot be removed").with_source(error));
+                }
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => tries += 1,
+                _ => return Ok(()),
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+}
 
 /// The memory transport: one broker for each case.
 #[derive(Clone, Debug, Default)]
@@ -86,13 +138,8 @@ impl Nats {
 struct NatsBroker {
     config: NatsConfig,
     restart: Option<String>,
-    connected: Mutex<Vec<Weak<NatsTransport>>>,
-}
-
-impl NatsBroker {
-    fn client(transport: &NatsTransport) -> &async_nats::Client {
-        transport.native().downcast_ref().expect("its native client")
-    }
+    /// What lies between the case and the server.
+    proxy: Proxy,
 }
 
 #[async_trait]
@@ -110,7 +157,12 @@ impl Factory for Nats {
         namespace.clone_into(&mut config.namespace);
         // What a dead instance left open comes back soon enough for a test.
         config.ack_wait = std::time::Duration::from_secs(3);
-        Ok(Arc::new(NatsBroker { config, restart: self.restart.clone(), connected: Mutex::default() }))
+        let unreachable = |e: std::io::Error| Error::new(ErrorKind::Connection, "no proxy").with_source(e);
+        let server = config.servers[0].trim_start_matches("nats://").parse();
+        let server = server.map_err(|_| Error::new(ErrorKind::Config, "TIDINGS_TEST_NATS_URL has no ip address and port"))?;
+        let proxy = Proxy::start(server).await.map_err(unreachable)?;
+        config.servers = vec![format!("nats://{}", proxy.address())];
+        Ok(Arc::new(NatsBroker { config, restart: self.restart.clone(), proxy }))
     }
 
     fn cannot_cut(&self) -> Option<&'static str> {
@@ -125,17 +177,11 @@ impl Factory for Nats {
 #[async_trait]
 impl Broker for NatsBroker {
     async fn connect(&self) -> Result<Arc<dyn Transport>> {
-        let transport = NatsTransport::connect(self.config.clone()).await?;
-        self.connected.lock().expect("no panic inside").push(Arc::downgrade(&transport));
-        Ok(transport)
+        Ok(NatsTransport::connect(self.config.clone()).await?)
     }
 
     async fn cut(&self) -> Result<()> {
-        let transports: Vec<_> = self.connected.lock().expect("no panic inside").iter().filter_map(Weak::upgrade).collect();
-        for transport in transports {
-            // One that is closed has nothing to cut.
-            let _ = Self::client(&transport).force_reconnect().await;
-        }
+        self.proxy.cut();
         Ok(())
     }
 
@@ -157,7 +203,7 @@ impl Broker for NatsBroker {
 
     async fn clean_up(&self) -> Result<()> {
         let transport = NatsTransport::connect(self.config.clone()).await?;
-        let client = Self::client(&transport);
+        let client = transport.native().downcast_ref::<async_nats::Client>().expect("its native client");
         let unreachable = |e| Error::new(ErrorKind::Connection, "the server does not answer").with_source(e);
         let request = |subject: String| async move {
             let answer = client.request(subject, "".into()).await.map_err(unreachable)?;

@@ -1,7 +1,9 @@
 //! What the suites share: events, buses of their own, and waiting for a thing with a deadline.
 
+pub mod broken;
 pub mod factories;
 pub mod faulty;
+pub mod proxy;
 
 use std::future::Future;
 use std::sync::Arc;

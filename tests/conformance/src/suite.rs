@@ -18,7 +18,7 @@ use tokio::time::timeout;
 const TRANSPORTS: &str = "TIDINGS_TEST_TRANSPORTS";
 
 /// How many cases run at a time unless `--test-threads` says: most of a case is waiting for its broker.
-const AT_A_TIME: usize = 8;
+const AT_A_TIME: usize = 16;
 
 /// Held by all cases, and by those that must be alone for themselves.
 static TURN: RwLock<()> = RwLock::new(());

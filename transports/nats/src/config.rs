@@ -2,14 +2,12 @@
 
 use crate::NatsTransport;
 use crate::error::error;
-use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserialize, Deserializer};
-use std::fmt;
+use serde::Deserialize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tidings_core::transport::{BoxFuture, Transport};
-use tidings_core::{BusConfig, Connect, ErrorKind, Result};
+use tidings_core::{BusConfig, Connect, ErrorKind, Result, Secret};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -38,18 +36,12 @@ pub struct NatsConfig {
     pub provision: Provision,
     /// The user's name. Default: none.
     pub user: Option<String>,
-    /// The user's password. Default: none.
+    /// The user's password: itself, or the file or variable that holds it. Default: none.
     pub password: Option<Secret>,
-    /// A file that holds the password. Default: none.
-    pub password_file: Option<PathBuf>,
-    /// A token. Default: none.
+    /// A token, likewise. Default: none.
     pub token: Option<Secret>,
-    /// A file that holds the token. Default: none.
-    pub token_file: Option<PathBuf>,
-    /// The seed of an nkey (`SU..`). Default: none.
+    /// The seed of an nkey (`SU..`), likewise. Default: none.
     pub nkey: Option<Secret>,
-    /// A file that holds the seed of an nkey. Default: none.
-    pub nkey_file: Option<PathBuf>,
     /// A credentials file (`.creds`): a JWT and the seed of its nkey. Default: none.
     pub credentials_file: Option<PathBuf>,
     /// Certificates (PEM) of authorities to trust instead of the system's. Default: none.
@@ -96,40 +88,6 @@ pub enum Provision {
     Off,
 }
 
-/// A password, token or seed: never printed.
-#[derive(Clone)]
-pub struct Secret(SecretString);
-
-impl Secret {
-    pub(crate) fn expose(&self) -> &str {
-        self.0.expose_secret()
-    }
-}
-
-impl From<String> for Secret {
-    fn from(secret: String) -> Self {
-        Self(secret.into())
-    }
-}
-
-impl From<&str> for Secret {
-    fn from(secret: &str) -> Self {
-        Self(secret.into())
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl<'de> Deserialize<'de> for Secret {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer).map(Self::from)
-    }
-}
-
 impl Default for NatsConfig {
     fn default() -> Self {
         Self {
@@ -138,11 +96,8 @@ impl Default for NatsConfig {
             provision: Provision::default(),
             user: None,
             password: None,
-            password_file: None,
             token: None,
-            token_file: None,
             nkey: None,
-            nkey_file: None,
             credentials_file: None,
             tls_ca_file: None,
             tls_cert_file: None,
@@ -161,7 +116,8 @@ impl Default for NatsConfig {
 
 impl NatsConfig {
     /// Reads `nats://user:password@host:port,host:port?namespace=..&ack_wait_ms=..`, or `tls://` for TLS in any case. One
-    /// name without a password is a token. What may follow are the fields of this struct but for secrets themselves.
+    /// name without a password is a token. What may follow are the fields of this struct; instead of secrets,
+    /// files that hold them: `password_file`, `token_file`, `nkey_file`.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for another scheme, an unknown key or a malformed value, each by name.
@@ -211,9 +167,9 @@ impl NatsConfig {
                 }
             }
             "user" => self.user = Some(value.to_owned()),
-            "password_file" => self.password_file = path(),
-            "token_file" => self.token_file = path(),
-            "nkey_file" => self.nkey_file = path(),
+            "password_file" => self.password = Some(Secret::from_file(value)),
+            "token_file" => self.token = Some(Secret::from_file(value)),
+            "nkey_file" => self.nkey = Some(Secret::from_file(value)),
             "credentials_file" => self.credentials_file = path(),
             "tls_ca_file" => self.tls_ca_file = path(),
             "tls_cert_file" => self.tls_cert_file = path(),
@@ -307,6 +263,7 @@ mod millis {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tidings_core::ExposeSecret;
 
     #[test]
     fn an_url_and_a_table_say_the_same() {
@@ -315,9 +272,9 @@ mod tests {
             user = 'u@x'\npassword = 'p:'";
         let table = toml::from_str::<NatsConfig>(table).unwrap();
         assert_eq!(format!("{url:?}"), format!("{table:?}"));
-        assert_eq!(url.password.unwrap().expose(), "p:");
+        assert_eq!(url.password.unwrap().read().unwrap().expose_secret(), "p:");
         let token = NatsConfig::from_url("tls://abc@host").unwrap();
-        assert_eq!((token.token.unwrap().expose(), token.servers[0].as_str()), ("abc", "tls://host"));
+        assert_eq!((token.token.unwrap().read().unwrap().expose_secret(), token.servers[0].as_str()), ("abc", "tls://host"));
     }
 
     #[test]

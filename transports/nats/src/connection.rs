@@ -1,7 +1,7 @@
 //! One connection: how it is made, and what is known of its state.
 
 use crate::api::Api;
-use crate::config::{NatsConfig, Secret, invalid};
+use crate::config::{NatsConfig, invalid};
 use crate::error::{connect, error, timed_out};
 use async_nats::rustls::{ClientConfig, RootCertStore, crypto::ring};
 use async_nats::{Client, ConnectOptions, Event};
@@ -10,12 +10,11 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::Value;
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tidings_core::transport::Health;
-use tidings_core::{Backoff, BusEvent, ErrorKind, Events, Result};
+use tidings_core::{Backoff, BusEvent, ErrorKind, Events, ExposeSecret, Result, Secret};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -163,20 +162,20 @@ fn is_local(host: &str) -> bool {
 
 async fn log_in(options: ConnectOptions, config: &NatsConfig) -> Result<ConnectOptions> {
     let mut options = options;
-    let password = secret("password", config.password.as_ref(), config.password_file.as_deref())?;
+    let password = secret("password", config.password.as_ref())?;
     match (&config.user, password) {
         (Some(user), Some(password)) => options = options.user_and_password(user.clone(), password),
         (None, None) => {}
         _ => return Err(invalid("a user needs a password, and a password a user").with_context("key", "user")),
     }
-    if let Some(token) = secret("token", config.token.as_ref(), config.token_file.as_deref())? {
+    if let Some(token) = secret("token", config.token.as_ref())? {
         options = options.token(token);
     }
-    if let Some(seed) = secret("nkey", config.nkey.as_ref(), config.nkey_file.as_deref())? {
+    if let Some(seed) = secret("nkey", config.nkey.as_ref())? {
         options = options.nkey(seed);
     }
     if let Some(path) = &config.credentials_file {
-        let credentials = read("credentials_file", path)?;
+        let credentials = secret("credentials_file", Some(&Secret::from_file(path)))?.unwrap_or_default();
         // What is wrong with it is not said: it would quote it.
         options = options
             .credentials(&credentials)
@@ -185,19 +184,10 @@ async fn log_in(options: ConnectOptions, config: &NatsConfig) -> Result<ConnectO
     Ok(options)
 }
 
-fn secret(key: &'static str, given: Option<&Secret>, file: Option<&Path>) -> Result<Option<String>> {
-    match (given, file) {
-        (Some(_), Some(_)) => Err(invalid("is given both itself and as a file").with_context("key", key)),
-        (Some(secret), None) => Ok(Some(secret.expose().to_owned())),
-        (None, Some(path)) => read(key, path).map(|text| Some(text.trim_end_matches(['\r', '\n']).to_owned())),
-        (None, None) => Ok(None),
-    }
-}
-
-fn read(key: &'static str, path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|e| {
-        invalid("a file cannot be read").with_context("key", key).with_context("file", path.display()).with_source(e)
-    })
+/// The client takes, and keeps, a plain string.
+fn secret(key: &'static str, given: Option<&Secret>) -> Result<Option<String>> {
+    let read = |secret: &Secret| secret.read().map(|text| text.expose_secret().to_owned());
+    given.map(read).transpose().map_err(|error| error.with_context("key", key).with_operation("connect"))
 }
 
 /// Made here, with a provider of our own: two in one program would make the client's own choice panic.

@@ -18,5 +18,5 @@ mod topology;
 mod transport;
 mod wire;
 
-pub use config::{NatsConfig, Provision, Secret};
+pub use config::{NatsConfig, Provision};
 pub use transport::{NatsTransport, capabilities};

@@ -85,6 +85,8 @@ pub fn capabilities() -> Capabilities {
     can.durable = true;
     can.key_ordering = true;
     can.slots = true;
+    can.sharing = true;
+    can.retention = true;
     can.start_beginning = true;
     can.replay = true;
     can.max_payload = 1024 * 1024 - HEADERS;

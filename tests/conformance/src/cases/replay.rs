@@ -23,8 +23,8 @@ cases!("replay":
     a_replay_of_a_pattern_reads_all_its_topics [Replay],
     a_service_replays_through_its_handlers [Replay],
     a_replay_is_refused_with_the_way_out [NoReplay],
-    a_gap_made_by_retention_is_told_and_not_jumped,
-    a_gap_made_by_retention_is_told_to_the_bus,
+    a_gap_made_by_retention_is_told_and_not_jumped [Retention],
+    a_gap_made_by_retention_is_told_to_the_bus [Retention],
 );
 
 /// Acks all texts in their order, then the replay ends.
