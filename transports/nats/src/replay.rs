@@ -3,7 +3,7 @@
 use crate::api::number;
 use crate::connection::Link;
 use crate::error::error;
-use crate::source::create_ephemeral;
+use crate::source::{create_ephemeral, replay_name};
 use crate::state::{Kind, Mode, Source};
 use crate::subscription::Instance;
 use crate::topology::{Catalog, ConsumerPlan, Part};
@@ -39,7 +39,7 @@ pub(crate) async fn open(catalog: &Arc<Catalog>, link: &Arc<Link>, spec: ReplayS
 async fn read_part(instance: &Arc<Instance>, part: &Part, n: u32, spec: &ReplaySpec) -> Result<()> {
     let plan = ConsumerPlan {
         stream: part.stream.name.clone(),
-        name: format!("tidings-replay-{:016x}", fastrand::u64(..)),
+        name: replay_name(),
         filters: instance.catalog.all_filters(part),
         ordering: Ordering::None,
         metadata: BTreeMap::new(),

@@ -2,8 +2,9 @@
 
 use crate::api::number;
 use crate::config::Provision;
+use crate::connection::connects;
 use crate::error::{Failure, error};
-use crate::state::SourceId;
+use crate::state::{Recovery, SourceId, place};
 use crate::subscription::Instance;
 use crate::topology::{ConsumerPlan, GROUP};
 use async_nats::{Message as Raw, StatusCode, Subscriber};
@@ -55,6 +56,12 @@ pub(crate) struct Driver {
     looked: Instant,
     /// The last position of which is known that all before it was read or expired.
     known: u64,
+    /// Which connection this is.
+    connects: u64,
+    /// What was on its way when the connection was lost did not arrive.
+    cut: bool,
+    /// The last message of a replay's consumer.
+    last: u64,
 }
 
 /// Reads until it is told to stop.
@@ -70,6 +77,10 @@ pub(crate) async fn drive(mut driver: Driver, stop: Arc<Notify>) {
         let change = instance.change();
         tokio::pin!(change);
         change.as_mut().enable();
+        driver.notice_cut();
+        if driver.cut && instance.link.is_connected() {
+            driver.mend().await;
+        }
         if driver.doubtful && instance.link.is_connected() {
             driver.look_again().await;
         }
@@ -85,8 +96,6 @@ pub(crate) async fn drive(mut driver: Driver, stop: Arc<Notify>) {
                 if changed.is_err() {
                     return;
                 }
-                // The server forgets requests with their connection.
-                driver.pulls.clear();
             }
             () = sleep_until(driver.next_look()) => driver.look().await,
         }
@@ -99,6 +108,7 @@ impl Driver {
         let now = Instant::now();
         Self {
             inbox: instance.catalog.api.client.new_inbox(),
+            connects: connects(&instance.catalog.api.client),
             known: plan.start.saturating_sub(1),
             instance,
             id,
@@ -112,6 +122,8 @@ impl Driver {
             not_before: now,
             doubtful: false,
             looked: now.checked_sub(LOOK).unwrap_or(now),
+            cut: false,
+            last: 0,
         }
     }
 
@@ -149,7 +161,7 @@ impl Driver {
             // The server has neither served nor ended them.
             self.doubtful = true;
         }
-        if !connected || self.doubtful || now < self.not_before {
+        if !connected || self.doubtful || self.cut || now < self.not_before {
             return;
         }
         let asked = self.pulls.iter().map(|pull| pull.left).sum();
@@ -203,6 +215,7 @@ impl Driver {
     /// Takes in a message and all that are here already.
     fn take(&mut self, first: Raw, messages: &mut Subscriber) {
         let mut message = first;
+        self.notice_cut();
         let instance = Arc::clone(&self.instance);
         let mut state = instance.state.lock();
         for _ in 0..BATCH {
@@ -212,6 +225,7 @@ impl Driver {
                     self.status(&message, code);
                     state = instance.state.lock();
                 }
+                _ if !self.is_next(&message) => self.cut = true,
                 _ => {
                     self.note(&message);
                     state.arrive(self.id, message, self.end, &instance.writer);
@@ -310,11 +324,9 @@ impl Driver {
 
     /// What was settled, or expired, since the takeover does not come.
     async fn look_at_recovery(&mut self) -> Result<(), Failure> {
-        let info = self.instance.catalog.consumer(&self.plan.stream, &self.plan.name).await?;
+        let (_, pending) = self.pending().await?;
         let mut state = self.instance.state.lock();
-        let held = state.sources.get(&self.id).map_or(0, |source| source.held() as u64);
-        let complete = number(&info, "/num_ack_pending") <= held;
-        state.end_recovery(self.id, complete);
+        state.end_recovery(self.id, pending == 0);
         drop(state);
         self.instance.changed();
         Ok(())
@@ -338,6 +350,87 @@ impl Driver {
             self.known = self.known.max(last);
         }
         Ok(())
+    }
+
+    // ---- After a cut ----
+
+    /// The server forgets requests with their connection, and what it has sent meanwhile is on its way to nobody.
+    fn notice_cut(&mut self) {
+        let current = connects(&self.instance.catalog.api.client);
+        if current == self.connects {
+            return;
+        }
+        (self.connects, self.cut) = (current, true);
+        self.pulls.clear();
+        if self.keeps_order() {
+            self.instance.state.lock().doubt(self.id);
+        }
+    }
+
+    /// Whether nothing newer may be handed out before what the server has sent is here.
+    fn keeps_order(&self) -> bool {
+        self.keyed() && self.plan.start > 0
+    }
+
+    /// The server sends what a replay reads once: nothing of it may be missing.
+    fn is_next(&mut self, message: &Raw) -> bool {
+        if !self.instance.is_replay() {
+            return true;
+        }
+        let Some(place) = message.reply.as_ref().and_then(|reply| place(reply)) else { return false };
+        if place.consumer != self.plan.name || place.number != self.last + 1 {
+            return false;
+        }
+        self.last += 1;
+        true
+    }
+
+    /// Finds out what is missing after a cut.
+    async fn mend(&mut self) {
+        let mended = if self.instance.is_replay() {
+            self.read_on().await
+        } else if self.keeps_order() {
+            self.find_missing().await
+        } else {
+            Ok(())
+        };
+        match mended {
+            Ok(()) => self.cut = false,
+            Err(failure) if failure.is_not_found() => (self.cut, self.doubtful) = (false, true),
+            Err(failed) => {
+                tracing::debug!(consumer = %self.plan.name, error = %Error::from(failed), "not mended yet");
+                self.failures = self.failures.saturating_add(1);
+                sleep(AGAIN.delay(self.failures)).await;
+            }
+        }
+    }
+
+    /// Goes on with another consumer behind what was read; the server forgets the old one.
+    async fn read_on(&mut self) -> Result<(), Failure> {
+        let high = self.instance.state.lock().sources.get(&self.id).map_or(0, |source| source.high);
+        self.rebuild_replay(high + 1).await.map_err(Failure::from)
+    }
+
+    /// What is pending at the server and not here is missing: it comes when it was not acked in time.
+    async fn find_missing(&mut self) -> Result<(), Failure> {
+        let (info, pending) = self.pending().await?;
+        let mut state = self.instance.state.lock();
+        if let Some(source) = state.sources.get_mut(&self.id) {
+            let after = number(&info, "/delivered/stream_seq");
+            source.recovery = Some(Recovery { after, missing: pending, since: Instant::now() });
+        }
+        state.end_recovery(self.id, pending == 0);
+        Ok(())
+    }
+
+    /// What the server says of the consumer, and how many messages at the most are pending there and not here.
+    async fn pending(&self) -> Result<(Value, u64), Failure> {
+        let before = self.instance.state.lock().held(self.id);
+        let info = self.instance.catalog.consumer(&self.plan.stream, &self.plan.name).await?;
+        // Those held before and after were pending in between.
+        let held = self.instance.state.lock().held(self.id).intersection(&before).count() as u64;
+        let pending = number(&info, "/num_ack_pending").saturating_sub(held);
+        Ok((info, pending))
     }
 
     // ---- Rebuilding ----
@@ -417,11 +510,17 @@ impl Driver {
     }
 
     async fn rebuild_replay(&mut self, from: u64) -> Result<()> {
-        self.plan.start = from;
+        (self.plan.start, self.last) = (from, 0);
+        self.plan.name = replay_name();
         create_ephemeral(&self.instance, &self.plan, &json!({ "deliver_policy": "by_start_sequence", "opt_start_seq": from }))
             .await
             .map(drop)
     }
+}
+
+/// A name for the consumer of a replay.
+pub(crate) fn replay_name() -> String {
+    format!("tidings-replay-{:016x}", fastrand::u64(..))
 }
 
 /// Creates the consumer of a replay, which the server forgets when nobody reads it.

@@ -125,15 +125,18 @@ pub(crate) struct State {
 }
 
 /// Where a message stands, as its reply subject tells.
-struct Place {
+pub(crate) struct Place<'a> {
+    pub(crate) consumer: &'a str,
     delivered: u64,
     position: u64,
+    /// The how-manieth message of its consumer it is.
+    pub(crate) number: u64,
     stored: SystemTime,
     pending: u64,
 }
 
-/// `$JS.ACK.<stream>.<consumer>.<delivered>.<position>.<..>.<time>.<pending>`, or with domain and account before the stream.
-fn place(reply: &str) -> Option<Place> {
+/// `$JS.ACK.<stream>.<consumer>.<delivered>.<position>.<number>.<time>.<pending>`, or with domain and account before the stream.
+pub(crate) fn place(reply: &str) -> Option<Place<'_>> {
     let tokens: Vec<_> = reply.split('.').collect();
     let at = match tokens.len() {
         9 => 2,
@@ -142,7 +145,9 @@ fn place(reply: &str) -> Option<Place> {
     };
     let number = |n: usize| tokens.get(at + n).and_then(|token| token.parse::<u64>().ok());
     let stored = SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(number(5)?))?;
-    Some(Place { delivered: number(2)?, position: number(3)?, stored, pending: number(6)? })
+    let consumer = tokens.get(at + 1)?;
+    let (delivered, position, pending) = (number(2)?, number(3)?, number(6)?);
+    Some(Place { consumer, delivered, position, number: number(4)?, stored, pending })
 }
 
 impl Source {
@@ -200,13 +205,9 @@ impl Source {
 
     /// How many it holds that are newer than what it recovers.
     pub(crate) fn newer(&self) -> usize {
-        self.recovery.as_ref().map_or(0, |recovery| self.waiting.range(recovery.after + 1..).count())
+        self.recovery.as_ref().map_or(0, |recovery| self.waiting.range(recovery.after.saturating_add(1)..).count())
     }
 
-    /// How many it holds in all.
-    pub(crate) fn held(&self) -> usize {
-        self.waiting.len() + self.open.len()
-    }
 
     pub(crate) fn is_out(&self) -> bool {
         !self.open.is_empty()
@@ -346,7 +347,8 @@ impl State {
 
     /// Takes in what the server has sent.
     pub(crate) fn arrive(&mut self, id: SourceId, raw: Raw, end: Option<u64>, writer: &Writer) {
-        let Some(place) = raw.reply.as_ref().and_then(|reply| place(reply)) else { return };
+        let reply = raw.reply.clone();
+        let Some(place) = reply.as_ref().and_then(|reply| place(reply)) else { return };
         let (mode, stopped, now) = (self.mode, self.stopped || self.dead, Instant::now());
         let Some(source) = self.sources.get_mut(&id) else { return };
         if mode == Mode::Replay {
@@ -405,6 +407,21 @@ impl State {
         }
         if source.recovery.is_none() {
             self.wake();
+        }
+    }
+
+    /// What a source holds and is not being settled, by position: it is pending at the server.
+    pub(crate) fn held(&self, id: SourceId) -> HashSet<u64> {
+        let Some(source) = self.sources.get(&id) else { return HashSet::new() };
+        let unsettled = |tag: &u64| self.out.get(tag).is_some_and(|out| out.settling.is_none());
+        let open = source.open.iter().filter(|(_, tag)| unsettled(tag)).map(|(position, _)| *position);
+        source.waiting.keys().copied().chain(open).collect()
+    }
+
+    /// Hands nothing of a source out until it is known what was on its way to this instance and did not arrive.
+    pub(crate) fn doubt(&mut self, id: SourceId) {
+        if let Some(source) = self.sources.get_mut(&id) {
+            source.recovery = Some(Recovery { after: u64::MAX, missing: u64::MAX, since: Instant::now() });
         }
     }
 
