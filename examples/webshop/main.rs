@@ -2,7 +2,7 @@
 //!
 //! `events.rs` says what the services tell each other; `logistics.rs`, `billing.rs`, `crm.rs` and `analytics.rs` are the
 //! services, `shop.rs` publishes the orders and follows them. The rest is scenery: reading orders, drawing invoices and
-//! labels, and watching that nothing is lost.
+//! labels, and watching that nothing is lost. `tests.rs` tests the services: `cargo test --example webshop`.
 
 mod analytics;
 mod billing;
@@ -19,6 +19,8 @@ mod orders;
 mod pdf;
 mod report;
 mod shop;
+#[cfg(test)]
+mod tests;
 mod text;
 mod trouble;
 mod watch;

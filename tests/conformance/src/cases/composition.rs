@@ -97,7 +97,7 @@ async fn a_batch_in_a_dying_instance_comes_again_in_order(env: Env) {
     let mut first_runs = Vec::new();
     seen.all().into_iter().for_each(|number| {
         if !first_runs.contains(&number) {
-            first_runs.push(number)
+            first_runs.push(number);
         }
     });
     assert_eq!(first_runs, (0..20).collect::<Vec<_>>(), "{:?}", seen.all());

@@ -1,10 +1,10 @@
 //! Promises 8 and 9: bounded memory, and long handlers are safe.
 
 use super::cases;
-use crate::env::{Env, Seen, drain, eventually, memory, start, total, until};
+use crate::env::{Env, Seen, drain, memory, start, total, until};
 use crate::events::{Order, Viewed, order};
 use crate::reader::{Reader, open, publish, publish_messages, saying, spec, topics, unordered};
-use crate::services::{CRM_ORDERS, Gate, Runs, settings, soon};
+use crate::services::{Gate, Runs, settings, soon};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;

@@ -2,13 +2,13 @@
 
 use super::cases;
 use crate::env::{Env, Seen, drain, eventually, start, within};
-use crate::events::{ORDERS, Order, orders};
+use crate::events::{Invoice, ORDERS, Order, orders};
 use crate::history::History;
 use crate::reader::{Reader, open, provision, publish, replay, replay_of, said, spec, topics};
 use std::time::Duration;
-use tidings::handler::{Delivered, State};
+use tidings::handler::{Delivered, Metadata, State};
 use tidings_core::transport::{Notice, ReplayFrom, ReplaySpec};
-use tidings_core::{BusEvent, ErrorKind, Service, SubscriptionConfig};
+use tidings_core::{BusEvent, ErrorKind, MessageId, Service, SubscriptionConfig};
 use tokio::time::{sleep, timeout};
 
 cases!("replay":
@@ -22,6 +22,7 @@ cases!("replay":
     a_replay_of_nothing_ends [Replay],
     a_replay_of_a_pattern_reads_all_its_topics [Replay],
     a_service_replays_through_its_handlers [Replay],
+    what_handlers_return_in_a_replay_has_the_same_ids [Replay],
     a_replay_is_refused_with_the_way_out [NoReplay],
     a_gap_made_by_retention_is_told_and_not_jumped [Retention],
     a_gap_made_by_retention_is_told_to_the_bus [Retention],
@@ -181,6 +182,39 @@ async fn a_service_replays_through_its_handlers(env: Env) {
     history.settled(20).await;
     drain(live).await;
     assert_eq!(history.repeats(), 0);
+}
+
+/// What a handler was told of an invoice: number, id, whether it is marked.
+type Invoices = Seen<(u64, MessageId, bool)>;
+
+async fn note(invoice: Invoice, Metadata(message): Metadata, delivered: Delivered, State(seen): State<Invoices>) {
+    seen.push((invoice.number, message.id, delivered.possible_duplicate));
+}
+
+async fn what_handlers_return_in_a_replay_has_the_same_ids(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let (bus, seen) = (env.bus(), Invoices::default());
+    let bill = async |order: Order| Invoice { customer: order.customer, number: order.number };
+    let billing = || Service::new("billing").on(bill);
+    let crm = start(Service::new("crm").state(seen.clone()).on(note), &bus).await;
+    let live = start(billing(), &bus).await;
+    bus.publish_all(&orders("ada", 5)).await.unwrap();
+    seen.count(5).await;
+    let mut again = within("the replay begins", billing().replay(&bus, ReplayFrom::Beginning)).await.unwrap();
+    within("it ends by itself", again.finished()).await.unwrap();
+    bus.publish_all(&orders("ada", 6)[5..]).await.unwrap();
+    eventually("the last", || async { seen.all().last().is_some_and(|last| last.0 == 5) }).await;
+    let mut ids = Vec::new();
+    // A broker that knows the ids again may have dropped them.
+    for (number, id, marked) in seen.all() {
+        match ids.get(number as usize) {
+            None => ids.push(id),
+            Some(first) => assert!(*first == id && marked, "invoice {number}: {first}, then {id}, marked: {marked}"),
+        }
+    }
+    assert_eq!(ids.len(), 6);
+    drain(live).await;
+    drain(crm).await;
 }
 
 async fn a_replay_is_refused_with_the_way_out(env: Env) {

@@ -415,16 +415,15 @@ async fn a_cut_while_handlers_run_repeats_only_what_says_so(env: Env) {
     let runs = Runs::default();
     let handler = async |order: Order, told: Delivered, State(runs): State<Runs>| {
         runs.push((order.number, told.attempt, told.possible_duplicate));
-        sleep(Duration::from_millis(5)).await;
+        sleep(Duration::from_millis(10)).await;
         Invoice { customer: order.customer, number: order.number }
     };
-    let service = Service::new("crm").state(runs.clone()).on_with(settings(&env).concurrency(4), handler);
+    let service = Service::new("crm").state(runs.clone()).on_with(settings(&env).concurrency(2), handler);
     let running = start(service, &env.another_bus().await).await;
-    for number in 0..60 {
-        env.bus().publish(&order(format!("c{}", number % 7), number)).await.unwrap();
-        if number % 20 == 10 {
-            env.cut().await;
-        }
+    env.bus().publish_all(&(0..60).map(|n| order(format!("c{}", n % 7), n)).collect::<Vec<_>>()).await.unwrap();
+    for so_far in [5, 20, 40] {
+        runs.count(so_far).await;
+        env.cut().await;
     }
     let mut ids = BTreeMap::new();
     while ids.len() < 60 {
