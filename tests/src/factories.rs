@@ -159,7 +159,8 @@ impl Factory for Nats {
         config.ack_wait = std::time::Duration::from_secs(3);
         let unreachable = |e: std::io::Error| Error::new(ErrorKind::Connection, "no proxy").with_source(e);
         let server = config.servers[0].trim_start_matches("nats://").parse();
-        let server = server.map_err(|_| Error::new(ErrorKind::Config, "TIDINGS_TEST_NATS_URL has no ip address and port"))?;
+        let server =
+            server.map_err(|_| Error::new(ErrorKind::Config, "TIDINGS_TEST_NATS_URL has no ip address and port"))?;
         let proxy = Proxy::start(server).await.map_err(unreachable)?;
         config.servers = vec![format!("nats://{}", proxy.address())];
         Ok(Arc::new(NatsBroker { config, restart: self.restart.clone(), proxy }))
@@ -185,6 +186,15 @@ impl Broker for NatsBroker {
         Ok(())
     }
 
+    async fn cut_off(&self) -> Result<()> {
+        self.proxy.set(|weather| weather.refusing = true);
+        self.proxy.cut();
+        // Its leases are the server's, and outlive a connection.
+        tokio::time::sleep(self.config.ack_wait + std::time::Duration::from_secs(1)).await;
+        self.proxy.set(|weather| weather.refusing = false);
+        Ok(())
+    }
+
     async fn restart(&self) -> Result<()> {
         let command = self.restart.clone().unwrap_or_default();
         let run = move || std::process::Command::new("sh").arg("-c").arg(command).status();
@@ -194,7 +204,9 @@ impl Broker for NatsBroker {
         }
         loop {
             match NatsTransport::connect(self.config.clone()).await {
-                Ok(transport) => return transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(1)).await,
+                Ok(transport) => {
+                    return transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(1)).await;
+                }
                 Err(error) if error.is_transient() => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
                 Err(error) => return Err(error),
             }

@@ -36,6 +36,11 @@ impl Api {
         Self { client, prefix, timeout }
     }
 
+    /// The same, for requests that are made again soon if they are not answered.
+    pub(crate) fn impatient(&self, timeout: Duration) -> Self {
+        Self { timeout: timeout.min(self.timeout), ..self.clone() }
+    }
+
     pub(crate) fn subject(&self, call: &str) -> String {
         format!("{}.{call}", self.prefix)
     }

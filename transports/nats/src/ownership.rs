@@ -11,7 +11,8 @@ use crate::share::share;
 use crate::state::{Kind, Recovery, Source, SourceId};
 use crate::subscription::{Instance, read_slot};
 use crate::topology::{Catalog, ConsumerPlan, Part, expecting};
-use crate::{api::number, wire};
+use crate::api::{Api, number};
+use crate::wire;
 use async_nats::{HeaderMap, HeaderValue, Subscriber};
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
@@ -64,6 +65,8 @@ struct Ownership {
     rank: u64,
     slots: u32,
     owned: BTreeMap<u32, Owned>,
+    /// A request that a cut has swallowed must not cost what is owned.
+    api: Api,
     /// When it was last told that this instance lives.
     told: Instant,
     rounds: u32,
@@ -106,9 +109,10 @@ pub(crate) async fn start(instance: &Arc<Instance>, parts: Vec<Part>) -> Result<
     let listening = |e| error(ErrorKind::Connection, "cannot listen to the bucket").with_source(e);
     let claims = client.subscribe(claims).await.map_err(listening)?;
     let topics = client.subscribe(catalog.names.topic_key(">")).await.map_err(listening)?;
+    let api = catalog.api.impatient((patience(catalog) / 5).max(Duration::from_millis(250)));
     let (instance_, told) = (Arc::clone(instance), Instant::now());
     let mut ownership =
-        Ownership { instance: instance_, parts, name, rank: 0, slots, owned: BTreeMap::new(), told, rounds: 0 };
+        Ownership { instance: instance_, parts, name, rank: 0, slots, owned: BTreeMap::new(), api, told, rounds: 0 };
     ownership.join().await?;
     instance.spawn(ownership.run(claims, topics));
     Ok(())
@@ -144,7 +148,7 @@ impl Ownership {
             headers.insert(wire::TTL, ttl);
         }
         let key = self.catalog().names.member_key(&self.instance.spec.name, &self.name);
-        let sequence = self.catalog().api.store(&key, headers, written(&member)?.into()).await?;
+        let sequence = self.api.store(&key, headers, written(&member)?.into()).await?;
         self.told = begun;
         Ok(sequence)
     }
@@ -212,7 +216,7 @@ impl Ownership {
     async fn look(&self) -> Result<Picture, Failure> {
         let names = &self.catalog().names;
         let (members, claims) = (names.member_key(&self.instance.spec.name, "*"), names.claim_key(&self.instance.spec.name, "*"));
-        let stored = self.catalog().api.newest(&names.bucket_stream(), &[members.clone(), claims.clone()]).await?;
+        let stored = self.api.newest(&names.bucket_stream(), &[members.clone(), claims.clone()]).await?;
         let now = stored.iter().filter(|s| s.subject.ends_with(&self.name)).find_map(|s| s.time).unwrap_or(SystemTime::UNIX_EPOCH);
         let mut picture = Picture { members: Vec::new(), living: BTreeSet::new(), claims: BTreeMap::new() };
         for stored in stored {
@@ -258,7 +262,7 @@ impl Ownership {
     async fn claim(&mut self, slot: u32, last: u64) -> Result<(), Failure> {
         let key = self.catalog().names.claim_key(&self.instance.spec.name, &slot.to_string());
         let claim = written(&Claim { owner: self.name.clone() })?;
-        let revision = match self.catalog().api.store(&key, expecting(last), claim.into()).await {
+        let revision = match self.api.store(&key, expecting(last), claim.into()).await {
             Ok(revision) => revision,
             // Another instance was faster.
             Err(failure) if failure.is(ApiError::WRONG_LAST_SEQUENCE) => return Ok(()),
