@@ -57,7 +57,12 @@ impl Api {
         }
     }
 
-    async fn request(&self, subject: String, headers: Option<HeaderMap>, payload: Bytes) -> Result<async_nats::Message> {
+    async fn request(
+        &self,
+        subject: String,
+        headers: Option<HeaderMap>,
+        payload: Bytes,
+    ) -> Result<async_nats::Message> {
         let request = async_nats::Request::new().payload(payload).timeout(None);
         let request = match headers {
             Some(headers) => request.headers(headers),
@@ -67,7 +72,9 @@ impl Api {
         let answer = answer.map_err(|_| timed_out("the server did not answer in time"))?;
         answer.map_err(|failed| {
             let (kind, why) = match failed.kind() {
-                RequestErrorKind::NoResponders => (ErrorKind::Connection, "JetStream does not answer; it is off, or has no leader now"),
+                RequestErrorKind::NoResponders => {
+                    (ErrorKind::Connection, "JetStream does not answer; it is off, or has no leader now")
+                }
                 RequestErrorKind::TimedOut => (ErrorKind::Timeout, "the server did not answer in time"),
                 _ => (ErrorKind::Connection, "the request could not be sent"),
             };
@@ -84,7 +91,8 @@ impl Api {
     /// The newest messages of all subjects that these filters match.
     pub(crate) async fn newest(&self, stream: &str, filters: &[String]) -> Result<Vec<Stored>, Failure> {
         let inbox = self.client.new_inbox();
-        let unreachable = |e| Failure::Other(error(ErrorKind::Connection, "the request could not be sent").with_source(e));
+        let unreachable =
+            |e| Failure::Other(error(ErrorKind::Connection, "the request could not be sent").with_source(e));
         let mut answers = self.client.subscribe(inbox.clone()).await.map_err(unreachable)?;
         let body = json!({ "multi_last": filters, "batch": 1000 }).to_string();
         let call = self.subject(&format!("DIRECT.GET.{stream}"));

@@ -219,9 +219,7 @@ impl NatsConfig {
 
 impl Connect for NatsConfig {
     fn connect(self) -> BoxFuture<Result<(Arc<dyn Transport>, BusConfig)>> {
-        Box::pin(async move {
-            Ok((NatsTransport::connect(self).await? as Arc<dyn Transport>, BusConfig::default()))
-        })
+        Box::pin(async move { Ok((NatsTransport::connect(self).await? as Arc<dyn Transport>, BusConfig::default())) })
     }
 }
 
@@ -267,14 +265,18 @@ mod tests {
 
     #[test]
     fn an_url_and_a_table_say_the_same() {
-        let url = NatsConfig::from_url("nats://u%40x:p%3A@a:1,b:2?namespace=n&provision=verify&ack_wait_ms=2000").unwrap();
+        let url =
+            NatsConfig::from_url("nats://u%40x:p%3A@a:1,b:2?namespace=n&provision=verify&ack_wait_ms=2000").unwrap();
         let table = "servers = ['nats://a:1', 'nats://b:2']\nnamespace = 'n'\nprovision = 'verify'\nack_wait_ms = 2000\n\
             user = 'u@x'\npassword = 'p:'";
         let table = toml::from_str::<NatsConfig>(table).unwrap();
         assert_eq!(format!("{url:?}"), format!("{table:?}"));
         assert_eq!(url.password.unwrap().read().unwrap().expose_secret(), "p:");
         let token = NatsConfig::from_url("tls://abc@host").unwrap();
-        assert_eq!((token.token.unwrap().read().unwrap().expose_secret(), token.servers[0].as_str()), ("abc", "tls://host"));
+        assert_eq!(
+            (token.token.unwrap().read().unwrap().expose_secret(), token.servers[0].as_str()),
+            ("abc", "tls://host")
+        );
     }
 
     #[test]

@@ -77,7 +77,9 @@ impl From<ApiError> for Error {
             // Maximum bytes, maximum messages, insufficient resources, storage.
             (_, 10077 | 10122 | 10023 | 10047 | 10028) => ErrorKind::Full,
             (_, 10054 | 10097) => ErrorKind::TooLarge,
-            (_, ApiError::STREAM_NOT_FOUND | ApiError::CONSUMER_NOT_FOUND | ApiError::NO_MESSAGE) => ErrorKind::NotFound,
+            (_, ApiError::STREAM_NOT_FOUND | ApiError::CONSUMER_NOT_FOUND | ApiError::NO_MESSAGE) => {
+                ErrorKind::NotFound
+            }
             (_, ApiError::STREAM_EXISTS | ApiError::CONSUMER_EXISTS | 10065) => ErrorKind::Mismatch,
             (503, _) => ErrorKind::Connection,
             (401 | 403, _) => ErrorKind::Denied,

@@ -5,13 +5,13 @@
 //! pinned: what a former owner has still asked for is not served. An owner that cannot tell that it lives gives up all before
 //! others may take it.
 
+use crate::api::{Api, number};
 use crate::connection::Link;
 use crate::error::{ApiError, Failure, error};
 use crate::share::share;
 use crate::state::{Kind, Recovery, Source, SourceId};
 use crate::subscription::{Instance, read_slot};
 use crate::topology::{Catalog, ConsumerPlan, Part, expecting};
-use crate::api::{Api, number};
 use crate::wire;
 use async_nats::{HeaderMap, HeaderValue, Subscriber};
 use futures_util::StreamExt;
@@ -215,9 +215,14 @@ impl Ownership {
     /// By the server's clock: who has told it lately, measured from what was told last.
     async fn look(&self) -> Result<Picture, Failure> {
         let names = &self.catalog().names;
-        let (members, claims) = (names.member_key(&self.instance.spec.name, "*"), names.claim_key(&self.instance.spec.name, "*"));
+        let (members, claims) =
+            (names.member_key(&self.instance.spec.name, "*"), names.claim_key(&self.instance.spec.name, "*"));
         let stored = self.api.newest(&names.bucket_stream(), &[members.clone(), claims.clone()]).await?;
-        let now = stored.iter().filter(|s| s.subject.ends_with(&self.name)).find_map(|s| s.time).unwrap_or(SystemTime::UNIX_EPOCH);
+        let now = stored
+            .iter()
+            .filter(|s| s.subject.ends_with(&self.name))
+            .find_map(|s| s.time)
+            .unwrap_or(SystemTime::UNIX_EPOCH);
         let mut picture = Picture { members: Vec::new(), living: BTreeSet::new(), claims: BTreeMap::new() };
         for stored in stored {
             let Some((key, last)) = stored.subject.rsplit_once('.') else { continue };
@@ -327,7 +332,8 @@ impl Ownership {
         self.instance.give_back(&owned.sources).await;
         let plans: Vec<_> = {
             let mut state = self.instance.state.lock();
-            let streams = owned.sources.iter().filter_map(|id| state.sources.get(id)).map(|source| source.stream.clone());
+            let streams =
+                owned.sources.iter().filter_map(|id| state.sources.get(id)).map(|source| source.stream.clone());
             let streams: Vec<_> = streams.collect();
             owned.sources.iter().for_each(|id| state.lose(*id));
             streams
@@ -341,7 +347,8 @@ impl Ownership {
         self.catalog().forget(&key).await?;
         // Who waits for it listens for writes, and a purge is none.
         let client = &self.catalog().api.client;
-        let _ = client.publish(self.catalog().names.claim_key(&self.instance.spec.name, "free"), bytes::Bytes::new()).await;
+        let _ =
+            client.publish(self.catalog().names.claim_key(&self.instance.spec.name, "free"), bytes::Bytes::new()).await;
         Ok(())
     }
 
@@ -374,7 +381,8 @@ impl Ownership {
         let key = self.catalog().names.member_key(&self.instance.spec.name, &self.name);
         let _ = self.catalog().forget(&key).await;
         let client = &self.catalog().api.client;
-        let _ = client.publish(self.catalog().names.claim_key(&self.instance.spec.name, "free"), bytes::Bytes::new()).await;
+        let _ =
+            client.publish(self.catalog().names.claim_key(&self.instance.spec.name, "free"), bytes::Bytes::new()).await;
         let mut state = self.instance.state.lock();
         let left: Vec<_> = state.sources.keys().copied().collect();
         left.into_iter().for_each(|id| state.lose(id));

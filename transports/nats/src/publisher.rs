@@ -72,7 +72,12 @@ struct Route {
 }
 
 impl Outbox {
-    pub(crate) async fn start(catalog: Arc<Catalog>, link: Arc<Link>, max_payload: usize, timeout: Duration) -> Result<Arc<Self>> {
+    pub(crate) async fn start(
+        catalog: Arc<Catalog>,
+        link: Arc<Link>,
+        max_payload: usize,
+        timeout: Duration,
+    ) -> Result<Arc<Self>> {
         let client = catalog.api.client.clone();
         let inbox = client.new_inbox();
         let answers = client.subscribe(format!("{inbox}.*")).await;
@@ -141,7 +146,11 @@ impl Outbox {
                     // It ends with the transport only, which then closes this queue.
                     let _ = connected.wait_for(|connected| *connected).await;
                     if item.receipt.is_abandoned() {
-                        self.fail(item.receipt, Fate::NotPersisted, timed_out("nobody waited any more for the connection"));
+                        self.fail(
+                            item.receipt,
+                            Fate::NotPersisted,
+                            timed_out("nobody waited any more for the connection"),
+                        );
                         continue;
                     }
                 }
@@ -273,7 +282,8 @@ impl Outbox {
         let late = |open: &Open| now.duration_since(open.sent) >= self.timeout;
         let over: Vec<_> = {
             let mut open = self.open.lock();
-            let over: Vec<u64> = open.iter().filter(|(_, o)| cut || late(o) || o.connects != current).map(|(n, _)| *n).collect();
+            let over: Vec<u64> =
+                open.iter().filter(|(_, o)| cut || late(o) || o.connects != current).map(|(n, _)| *n).collect();
             over.iter().filter_map(|number| open.remove(number)).collect()
         };
         for open in over {

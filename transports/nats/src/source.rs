@@ -104,7 +104,13 @@ pub(crate) async fn drive(mut driver: Driver, stop: Arc<Notify>) {
 }
 
 impl Driver {
-    pub(crate) fn new(instance: Arc<Instance>, id: SourceId, plan: ConsumerPlan, pattern: Option<String>, end: Option<u64>) -> Self {
+    pub(crate) fn new(
+        instance: Arc<Instance>,
+        id: SourceId,
+        plan: ConsumerPlan,
+        pattern: Option<String>,
+        end: Option<u64>,
+    ) -> Self {
         let now = Instant::now();
         Self {
             inbox: instance.catalog.api.client.new_inbox(),
@@ -247,7 +253,8 @@ impl Driver {
                 self.pulls.pop_front();
             }
         }
-        if let Some(pin) = message.headers.as_ref().filter(|_| self.keyed()).and_then(|headers| headers.get("Nats-Pin-Id"))
+        if let Some(pin) =
+            message.headers.as_ref().filter(|_| self.keyed()).and_then(|headers| headers.get("Nats-Pin-Id"))
             && self.pin.as_deref() != Some(pin.as_str())
         {
             self.pin = Some(pin.as_str().to_owned());
@@ -439,7 +446,9 @@ impl Driver {
     async fn look_again(&mut self) {
         match self.rebuild().await {
             Ok(()) => (self.doubtful, self.failures) = (false, 0),
-            Err(failed) if failed.kind() == ErrorKind::NotFound && self.instance.catalog.provision != Provision::Create => {
+            Err(failed)
+                if failed.kind() == ErrorKind::NotFound && self.instance.catalog.provision != Provision::Create =>
+            {
                 self.doubtful = false;
                 self.not_before = Instant::now() + Duration::from_secs(3600);
                 self.instance.fail(failed);
@@ -512,9 +521,13 @@ impl Driver {
     async fn rebuild_replay(&mut self, from: u64) -> Result<()> {
         (self.plan.start, self.last) = (from, 0);
         self.plan.name = replay_name();
-        create_ephemeral(&self.instance, &self.plan, &json!({ "deliver_policy": "by_start_sequence", "opt_start_seq": from }))
-            .await
-            .map(drop)
+        create_ephemeral(
+            &self.instance,
+            &self.plan,
+            &json!({ "deliver_policy": "by_start_sequence", "opt_start_seq": from }),
+        )
+        .await
+        .map(drop)
     }
 }
 

@@ -208,7 +208,6 @@ impl Source {
         self.recovery.as_ref().map_or(0, |recovery| self.waiting.range(recovery.after.saturating_add(1)..).count())
     }
 
-
     pub(crate) fn is_out(&self) -> bool {
         !self.open.is_empty()
     }
@@ -290,7 +289,13 @@ impl State {
         }
     }
 
-    pub(crate) fn hand_out(&mut self, max: usize, settle: &Arc<NatsSettle>, names: &crate::names::Names, out: &mut Polled) -> bool {
+    pub(crate) fn hand_out(
+        &mut self,
+        max: usize,
+        settle: &Arc<NatsSettle>,
+        names: &crate::names::Names,
+        out: &mut Polled,
+    ) -> bool {
         let (now, before) = (Instant::now(), out.deliveries.len());
         let mut room = self.max.saturating_sub(self.out.len()).min(max);
         for (id, source) in &mut self.sources {
@@ -300,7 +305,13 @@ impl State {
                 room -= 1;
                 self.next += 1;
                 let seq = self.next;
-                out.deliveries.push(deliver(source, &held, self.mode, names, Acker::new(Arc::clone(settle) as Arc<dyn Settle>, Tag { epoch: 0, seq })));
+                out.deliveries.push(deliver(
+                    source,
+                    &held,
+                    self.mode,
+                    names,
+                    Acker::new(Arc::clone(settle) as Arc<dyn Settle>, Tag { epoch: 0, seq }),
+                ));
                 source.open.insert(held.position, seq);
                 self.out.insert(seq, Out { source: *id, held, settling: None });
             }
@@ -536,7 +547,8 @@ impl State {
         let over = |source: SourceId, held: &Held| {
             sources.get(&source).is_none_or(|source| source.lease_ends(held.received, ack_wait) <= now)
         };
-        let lost: Vec<u64> = self.out.iter().filter(|(_, out)| over(out.source, &out.held)).map(|(tag, _)| *tag).collect();
+        let lost: Vec<u64> =
+            self.out.iter().filter(|(_, out)| over(out.source, &out.held)).map(|(tag, _)| *tag).collect();
         for tag in &lost {
             let unknown = self.out.get(tag).is_some_and(|out| out.settling.is_some());
             self.flushed.unknown += u64::from(unknown);
@@ -574,7 +586,8 @@ impl State {
 
     /// Gives back all that is not settled, in order; what is out has lost its lease.
     pub(crate) fn give_back_all(&mut self, id: SourceId, writer: &Writer) {
-        let lost: Vec<u64> = self.sources.get(&id).into_iter().flat_map(|source| source.open.values().copied()).collect();
+        let lost: Vec<u64> =
+            self.sources.get(&id).into_iter().flat_map(|source| source.open.values().copied()).collect();
         for tag in lost {
             let unsettled = self.out.get(&tag).is_some_and(|out| out.settling.is_none());
             if let Some(out) = self.out.remove(&tag).filter(|_| unsettled)
@@ -628,7 +641,8 @@ fn not_due(raw: &Raw, stored: SystemTime) -> Option<Duration> {
 }
 
 fn deliver(source: &Source, held: &Held, mode: Mode, names: &crate::names::Names, acker: Acker) -> Delivery {
-    let origin = wire::Origin { topic: names.topic_of(&held.raw.subject), stream: &source.stream, position: held.position };
+    let origin =
+        wire::Origin { topic: names.topic_of(&held.raw.subject), stream: &source.stream, position: held.position };
     Delivery {
         message: wire::decode(held.raw.headers.as_ref(), &held.raw.payload, &origin),
         position: held.position,

@@ -13,9 +13,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use tidings_core::transport::{
-    BoxFuture, Flushed, Ordering, Polled, Role, Subscription, SubscriptionSpec,
-};
+use tidings_core::transport::{BoxFuture, Flushed, Ordering, Polled, Role, Subscription, SubscriptionSpec};
 use tidings_core::{Error, ErrorKind, Result};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -44,7 +42,12 @@ struct Running {
 }
 
 impl Instance {
-    pub(crate) async fn start(catalog: &Arc<Catalog>, link: &Arc<Link>, spec: SubscriptionSpec, mode: Mode) -> Result<Arc<Self>> {
+    pub(crate) async fn start(
+        catalog: &Arc<Catalog>,
+        link: &Arc<Link>,
+        spec: SubscriptionSpec,
+        mode: Mode,
+    ) -> Result<Arc<Self>> {
         let state = State::new(mode, spec.max_in_flight, catalog.ack_wait);
         let instance = Arc::new(Self {
             catalog: Arc::clone(catalog),
@@ -86,7 +89,13 @@ impl Instance {
     }
 
     /// Begins to read a consumer.
-    pub(crate) fn read(self: &Arc<Self>, source: Source, plan: ConsumerPlan, pattern: Option<String>, end: Option<u64>) -> SourceId {
+    pub(crate) fn read(
+        self: &Arc<Self>,
+        source: Source,
+        plan: ConsumerPlan,
+        pattern: Option<String>,
+        end: Option<u64>,
+    ) -> SourceId {
         let id = self.state.lock().open(source);
         let stop = Arc::new(Notify::new());
         let driver = Driver::new(Arc::clone(self), id, plan, pattern, end);

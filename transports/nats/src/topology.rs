@@ -121,7 +121,11 @@ impl Terms {
 
     fn metadata(&self) -> BTreeMap<&'static str, String> {
         let (ordering, start) = (self.ordering.to_owned(), self.start.to_owned());
-        BTreeMap::from([("tidings-topics", self.topics.clone()), ("tidings-ordering", ordering), ("tidings-start", start)])
+        BTreeMap::from([
+            ("tidings-topics", self.topics.clone()),
+            ("tidings-ordering", ordering),
+            ("tidings-start", start),
+        ])
     }
 
     fn check(&self, consumer: &Value) -> Result<()> {
@@ -271,7 +275,8 @@ impl Catalog {
             partly = Some(stream);
         }
         if let Some(stream) = partly {
-            let why = format!("a stream holds only a part of `{subject}`; what the rest is published to would never arrive");
+            let why =
+                format!("a stream holds only a part of `{subject}`; what the rest is published to would never arrive");
             return Err(error(ErrorKind::Mismatch, why).with_context("stream", stream.name));
         }
         if !create {
@@ -551,7 +556,8 @@ impl Catalog {
 
     /// Opens a consumer, creating it if it may be; what the server says of it.
     pub(crate) async fn ensure_consumer(&self, plan: &ConsumerPlan) -> Result<Value> {
-        let about = |error: tidings_core::Error| error.with_context("consumer", format!("{}/{}", plan.stream, plan.name));
+        let about =
+            |error: tidings_core::Error| error.with_context("consumer", format!("{}/{}", plan.stream, plan.name));
         match self.consumer(&plan.stream, &plan.name).await {
             Ok(found) => return self.verify_consumer(plan, &found).map(|()| found).map_err(about),
             Err(failure) if !failure.is_not_found() => return Err(about(failure.into())),
@@ -600,7 +606,8 @@ impl Catalog {
             return Ok(());
         }
         let (wanted, has) = (self.consumer_config(plan), &found["config"]);
-        let mut filters: Vec<_> = has["filter_subjects"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let mut filters: Vec<_> =
+            has["filter_subjects"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         filters.extend(has["filter_subject"].as_str().filter(|filter| !filter.is_empty()));
         let mut asked: Vec<_> = plan.filters.iter().map(String::as_str).collect();
         (filters.sort_unstable(), asked.sort_unstable());
@@ -650,7 +657,9 @@ fn without_covered(topics: &[TopicPattern]) -> Result<Vec<TopicPattern>> {
         }
         kept.retain(|other| !covers(pattern.as_str(), other.as_str()));
         if let Some(other) = kept.iter().find(|other| overlap(other.as_str(), pattern.as_str())) {
-            let why = format!("`{other}` and `{pattern}` overlap, which NATS refuses; subscribe to one pattern that covers both");
+            let why = format!(
+                "`{other}` and `{pattern}` overlap, which NATS refuses; subscribe to one pattern that covers both"
+            );
             return Err(error(ErrorKind::Unsupported, why));
         }
         kept.push(pattern.clone());

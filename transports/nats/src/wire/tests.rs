@@ -43,7 +43,10 @@ fn a_binary_message_of_another_client() {
     ];
     let message = decode(Some(&headers(&pairs)), &"{}".into(), &origin(Some(topic())));
     assert_eq!(message.id.to_string(), "1234-1234-1234");
-    assert_eq!((message.source.as_str(), message.event_type.as_str()), ("/mycontext/subcontext", "com.example.someevent"));
+    assert_eq!(
+        (message.source.as_str(), message.event_type.as_str()),
+        ("/mycontext/subcontext", "com.example.someevent")
+    );
     assert_eq!(message.content_type.as_str(), "application/json; charset=utf-8");
     assert_eq!(message.time, from_rfc3339("2018-04-05T03:56:24Z"));
     assert_eq!(message.attributes, [("subject".into(), "a b".into())]);
