@@ -132,8 +132,8 @@ impl NatsConfig {
         if hosts.is_empty() || hosts.contains(['/', '#', '@']) {
             return Err(invalid("the url has no host, or a path; write `nats://host:port`"));
         }
-        let mut config = Self::default();
-        config.servers = hosts.split(',').map(|host| format!("{scheme}://{host}")).collect();
+        let servers = hosts.split(',').map(|host| format!("{scheme}://{host}")).collect();
+        let mut config = Self { servers, ..Self::default() };
         if let Some(login) = login {
             config.log_in(login)?;
         }

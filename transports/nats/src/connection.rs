@@ -2,7 +2,7 @@
 
 use crate::api::Api;
 use crate::config::{NatsConfig, invalid};
-use crate::error::{connect, error, timed_out};
+use crate::error::{Failure, connect, error, timed_out};
 use async_nats::rustls::{ClientConfig, RootCertStore, crypto::ring};
 use async_nats::{Client, ConnectOptions, Event};
 use parking_lot::Mutex;
@@ -96,18 +96,23 @@ pub(crate) async fn open(config: &NatsConfig) -> Result<(Api, Arc<Link>)> {
 }
 
 async fn check_server(api: &Api) -> Result<()> {
-    let version = api.client.server_info().version;
+    let info = api.client.server_info();
+    let version = info.version;
     if version_of(&version).is_none_or(|version| version < OLDEST) {
         let why = format!("the server is version {version}; 2.11 or newer is needed");
         return Err(error(ErrorKind::Unsupported, why));
     }
-    let account = api.call("INFO", &Value::Null).await;
-    account.map(drop).map_err(|failure| match failure {
-        crate::error::Failure::Api(api) if api.code == 503 => {
-            error(ErrorKind::Unsupported, "JetStream is off for this account; enable it on the server (`-js`)")
-        }
-        other => tidings_core::Error::from(other).with_context("needed", "JetStream, and permission to use its API"),
-    })
+    let Err(failure) = api.call("INFO", &Value::Null).await else { return Ok(()) };
+    let off = || error(ErrorKind::Unsupported, "JetStream is off for this account; enable it on the server (`-js`)");
+    let failed = match failure {
+        Failure::Api(api) if api.code == 503 => return Err(off()),
+        other => tidings_core::Error::from(other),
+    };
+    // No server of its cluster has it either.
+    if failed.kind() == ErrorKind::Connection && !info.jetstream {
+        return Err(off().with_source(failed));
+    }
+    Err(failed.with_context("needed", "JetStream, and permission to use its API"))
 }
 
 fn version_of(version: &str) -> Option<(u64, u64)> {

@@ -610,7 +610,8 @@ impl Catalog {
             has["filter_subjects"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         filters.extend(has["filter_subject"].as_str().filter(|filter| !filter.is_empty()));
         let mut asked: Vec<_> = plan.filters.iter().map(String::as_str).collect();
-        (filters.sort_unstable(), asked.sort_unstable());
+        filters.sort_unstable();
+        asked.sort_unstable();
         if filters != asked {
             return Err(mismatch("filters of the consumer", filters, asked));
         }
