@@ -4,8 +4,8 @@
 
 use std::process::ExitCode;
 use tidings_conformance::Suite;
-use tidings_tests::factories::{Directory, Memory};
+use tidings_tests::factories::{Directory, Memory, Nats};
 
 fn main() -> ExitCode {
-    Suite::new().with(Memory).with(Directory).main()
+    Suite::new().with(Memory).with(Directory).with_requested(Nats::from_env()).main()
 }

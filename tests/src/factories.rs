@@ -1,5 +1,6 @@
 //! The transports of this repository, as the conformance suite takes them.
 
+use crate::proxy::Proxy;
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, Weak};
 use tidings::memory::{MemoryConfig, MemoryTransport};
@@ -7,6 +8,7 @@ use tidings::transport::Transport;
 use tidings_conformance::{Broker, Factory};
 use tidings_core::{Connect, Error, ErrorKind, Result};
 use tidings_directory::DirectoryConfig;
+use tidings_nats::{NatsConfig, NatsTransport};
 
 /// The example of a transport: a directory of files for each case.
 #[derive(Clone, Debug, Default)]
@@ -112,5 +114,123 @@ impl Broker for MemoryBroker {
 
     async fn clean_up(&self) -> Result<()> {
         Ok(())
+    }
+}
+
+/// NATS JetStream, on a server that runs already.
+#[derive(Clone, Debug)]
+pub struct Nats {
+    url: Option<String>,
+    /// A command that kills the server and starts it again.
+    restart: Option<String>,
+}
+
+impl Nats {
+    /// The server that `TIDINGS_TEST_NATS_URL` names; `TIDINGS_TEST_NATS_RESTART` is a command that kills it and starts it
+    /// again.
+    #[must_use]
+    pub fn from_env() -> Self {
+        let of = |name| std::env::var(name).ok();
+        Self { url: of("TIDINGS_TEST_NATS_URL"), restart: of("TIDINGS_TEST_NATS_RESTART") }
+    }
+}
+
+struct NatsBroker {
+    config: NatsConfig,
+    restart: Option<String>,
+    /// What lies between the case and the server.
+    proxy: Proxy,
+}
+
+#[async_trait]
+impl Factory for Nats {
+    fn name(&self) -> &'static str {
+        "nats"
+    }
+
+    async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
+        let url = self.url.as_deref().ok_or_else(|| {
+            let why = "TIDINGS_TEST_NATS_URL names no server, such as nats://127.0.0.1:4222";
+            Error::new(ErrorKind::Config, why)
+        })?;
+        let mut config = NatsConfig::from_url(url)?;
+        namespace.clone_into(&mut config.namespace);
+        // What a dead instance left open comes back soon enough for a test.
+        config.ack_wait = std::time::Duration::from_secs(3);
+        let unreachable = |e: std::io::Error| Error::new(ErrorKind::Connection, "no proxy").with_source(e);
+        let server = config.servers[0].trim_start_matches("nats://").parse();
+        let server =
+            server.map_err(|_| Error::new(ErrorKind::Config, "TIDINGS_TEST_NATS_URL has no ip address and port"))?;
+        let proxy = Proxy::start(server).await.map_err(unreachable)?;
+        config.servers = vec![format!("nats://{}", proxy.address())];
+        Ok(Arc::new(NatsBroker { config, restart: self.restart.clone(), proxy }))
+    }
+
+    fn cannot_cut(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn cannot_restart(&self) -> Option<&'static str> {
+        self.restart.is_none().then_some("TIDINGS_TEST_NATS_RESTART names no command that restarts the server")
+    }
+}
+
+#[async_trait]
+impl Broker for NatsBroker {
+    async fn connect(&self) -> Result<Arc<dyn Transport>> {
+        Ok(NatsTransport::connect(self.config.clone()).await?)
+    }
+
+    async fn cut(&self) -> Result<()> {
+        self.proxy.cut();
+        Ok(())
+    }
+
+    async fn cut_off(&self) -> Result<()> {
+        self.proxy.set(|weather| weather.refusing = true);
+        self.proxy.cut();
+        // Its leases are the server's, and outlive a connection.
+        tokio::time::sleep(self.config.ack_wait + std::time::Duration::from_secs(1)).await;
+        self.proxy.set(|weather| weather.refusing = false);
+        Ok(())
+    }
+
+    async fn restart(&self) -> Result<()> {
+        let command = self.restart.clone().unwrap_or_default();
+        let run = move || std::process::Command::new("sh").arg("-c").arg(command).status();
+        let status = tokio::task::spawn_blocking(run).await.expect("no panic inside");
+        if !status.is_ok_and(|status| status.success()) {
+            return Err(Error::new(ErrorKind::Internal, "the command that restarts the server has failed"));
+        }
+        loop {
+            match NatsTransport::connect(self.config.clone()).await {
+                Ok(transport) => {
+                    return transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(1)).await;
+                }
+                Err(error) if error.is_transient() => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn clean_up(&self) -> Result<()> {
+        let transport = NatsTransport::connect(self.config.clone()).await?;
+        let client = transport.native().downcast_ref::<async_nats::Client>().expect("its native client");
+        let unreachable = |e| Error::new(ErrorKind::Connection, "the server does not answer").with_source(e);
+        let request = |subject: String| async move {
+            let answer = client.request(subject, "".into()).await.map_err(unreachable)?;
+            let answer = serde_json::from_slice::<serde_json::Value>(&answer.payload);
+            answer.map_err(|e| Error::new(ErrorKind::Internal, "the answer cannot be read").with_source(e))
+        };
+        // Consumers go with their streams. No other namespace begins so.
+        let (own, bucket) = (format!("{}__", self.config.namespace), format!("KV_{}__", self.config.namespace));
+        loop {
+            let names = request("$JS.API.STREAM.NAMES".into()).await?;
+            let names = names["streams"].as_array().into_iter().flatten().filter_map(|name| name.as_str());
+            let names: Vec<_> = names.filter(|name| name.starts_with(&own) || name.starts_with(&bucket)).collect();
+            let Some(name) = names.first() else { break };
+            request(format!("$JS.API.STREAM.DELETE.{name}")).await?;
+        }
+        transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(5)).await
     }
 }

@@ -51,6 +51,12 @@ pub trait Broker: Send + Sync {
         Ok(())
     }
 
+    /// Cuts all connections of this case for so long that leases are lost, where those outlive a connection; they can be made
+    /// again when it returns.
+    async fn cut_off(&self) -> Result<()> {
+        self.cut().await
+    }
+
     /// Kills the broker and starts it again; returns when it can be reached. No other case runs meanwhile.
     async fn restart(&self) -> Result<()> {
         Ok(())

@@ -87,6 +87,11 @@ impl Env {
         self.broker.cut().await.expect("the connection is cut");
     }
 
+    /// Cuts all connections of this case until what is held there is lost.
+    pub(crate) async fn cut_off(&self) {
+        self.broker.cut_off().await.expect("the connection is cut");
+    }
+
     /// Kills the broker and starts it again.
     pub(crate) async fn restart(&self) {
         self.broker.restart().await.expect("the broker restarts");

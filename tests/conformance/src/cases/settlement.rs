@@ -66,7 +66,7 @@ async fn an_ack_is_final_through_a_cut(env: Env) {
     publish(env.transport(), ORDERS, "ada", &["1", "2"]).await;
     reader.expect("1").await.acker.ack();
     let held = reader.expect("2").await;
-    env.cut().await;
+    env.cut_off().await;
     assert!(reader.expect("2").await.redelivered, "it was handed out before");
     drop(held);
     publish(env.transport(), ORDERS, "bob", &["3"]).await;
@@ -184,7 +184,7 @@ async fn a_stale_settlement_settles_no_other(env: Env) {
     let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
     publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
     let old = reader.take(3).await;
-    env.cut().await;
+    env.cut_off().await;
     let new = reader.take(3).await;
     assert!(new.iter().all(|delivery| delivery.redelivered && delivery.acker.lease() == Lease::Live), "{new:?}");
     assert!(old.iter().all(|delivery| delivery.acker.lease() == Lease::Lost));
@@ -203,7 +203,7 @@ async fn a_lost_lease_shows(env: Env) {
     publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
     let held = reader.take(3).await;
     assert!(held.iter().all(|delivery| delivery.acker.lease() == Lease::Live));
-    env.cut().await;
+    env.cut_off().await;
     reader.notice("leases are lost", |notice| matches!(notice, Notice::Leases).then_some(())).await;
     assert!(held.iter().all(|delivery| delivery.acker.lease() == Lease::Lost));
     held.into_iter().for_each(|delivery| delivery.acker.ack());

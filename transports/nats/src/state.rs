@@ -1,0 +1,657 @@
+//! What one instance holds: what waits to be handed out, and what is out. Pure data behind one lock, no tasks.
+
+use crate::settle::{NatsSettle, Op, Writer};
+use crate::wire;
+use async_nats::{Message as Raw, Subject};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::{Duration, SystemTime};
+use tidings_core::Error;
+use tidings_core::transport::{
+    ABANDONED_BACKOFF, Acker, Delivery, Flushed, Lease, Notice, Polled, Role, Settle, Settlement, Tag,
+};
+use tokio::time::Instant;
+
+/// How long something may lie ready before it is given back to others, if nobody comes for it.
+const UNCLAIMED: Duration = Duration::from_millis(500);
+
+/// How many may be read from an address ahead of their turn.
+const ADDRESS_AHEAD: usize = 16;
+
+/// Of how many delayed messages is remembered that they were not handed out yet; others are told as redelivered.
+const EARLY: usize = 65_536;
+
+/// How instances share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Message by message.
+    Shared,
+    /// By key: each slot has one owner.
+    Keyed,
+    /// Not at all: it is a replay.
+    Replay,
+}
+
+/// What is read: topics, or the subscription's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Topic,
+    Address,
+}
+
+/// Names a source while it is open.
+pub(crate) type SourceId = u64;
+
+/// A message that the server has handed to this instance.
+pub(crate) struct Held {
+    raw: Raw,
+    position: u64,
+    received: Instant,
+    /// Not to be handed out before.
+    due: Option<Instant>,
+    redelivered: bool,
+}
+
+impl Held {
+    fn reply(&self) -> Subject {
+        self.raw.reply.clone().unwrap_or_else(|| Subject::from_static("_none"))
+    }
+}
+
+/// What was handed out and is not settled at the server.
+struct Out {
+    source: SourceId,
+    held: Held,
+    /// How it was settled, while the server has not confirmed it.
+    settling: Option<&'static [u8]>,
+}
+
+/// What a former owner left open: until all of it is here nothing is handed out, and then in the order of positions.
+#[derive(Debug)]
+pub(crate) struct Recovery {
+    /// The last position that a former owner may have been handed.
+    pub(crate) after: u64,
+    /// How many of those are still to come.
+    pub(crate) missing: u64,
+    pub(crate) since: Instant,
+}
+
+/// One consumer that this instance reads.
+pub(crate) struct Source {
+    pub(crate) kind: Kind,
+    /// The slot whose owner reads it.
+    pub(crate) slot: u32,
+    /// The slot as deliveries tell it: different for each consumer, because each has an order of its own.
+    pub(crate) number: u32,
+    pub(crate) stream: Arc<str>,
+    waiting: BTreeMap<u64, Held>,
+    /// How many of those are not due.
+    delayed: usize,
+    /// What is out, by position.
+    open: HashMap<u64, u64>,
+    /// The last position that was read.
+    pub(crate) high: u64,
+    /// When the server was last told, and has confirmed, that all that was held then is still being handled.
+    confirmed: Instant,
+    pub(crate) recovery: Option<Recovery>,
+    /// Its slot is handed on once nothing of it is out.
+    pub(crate) revoking: bool,
+    /// A replay has read all that there is for it.
+    pub(crate) done: bool,
+    /// What came before it was due, and how often the server had sent it then: the next time is not a repeat.
+    early: HashMap<u64, u64>,
+}
+
+pub(crate) struct State {
+    pub(crate) mode: Mode,
+    max: usize,
+    ack_wait: Duration,
+    pub(crate) sources: BTreeMap<SourceId, Source>,
+    out: HashMap<u64, Out>,
+    next: u64,
+    pub(crate) notices: Vec<Notice>,
+    waker: Option<Waker>,
+    /// When its poller was woken, if it has not polled since.
+    woken: Option<Instant>,
+    /// Whether somebody waits for deliveries.
+    demand: bool,
+    pub(crate) stopped: bool,
+    /// Nothing is handed out and nothing can be settled any more.
+    pub(crate) dead: bool,
+    pub(crate) failed: Option<Error>,
+    pub(crate) flushed: Flushed,
+    told: Option<Role>,
+}
+
+/// Where a message stands, as its reply subject tells.
+pub(crate) struct Place<'a> {
+    pub(crate) consumer: &'a str,
+    delivered: u64,
+    position: u64,
+    /// The how-manieth message of its consumer it is.
+    pub(crate) number: u64,
+    stored: SystemTime,
+    pending: u64,
+}
+
+/// `$JS.ACK.<stream>.<consumer>.<delivered>.<position>.<number>.<time>.<pending>`, or with domain and account before the stream.
+pub(crate) fn place(reply: &str) -> Option<Place<'_>> {
+    let tokens: Vec<_> = reply.split('.').collect();
+    let at = match tokens.len() {
+        9 => 2,
+        11.. => 4,
+        _ => return None,
+    };
+    let number = |n: usize| tokens.get(at + n).and_then(|token| token.parse::<u64>().ok());
+    let stored = SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(number(5)?))?;
+    let consumer = tokens.get(at + 1)?;
+    let (delivered, position, pending) = (number(2)?, number(3)?, number(6)?);
+    Some(Place { consumer, delivered, position, number: number(4)?, stored, pending })
+}
+
+impl Source {
+    pub(crate) fn new(kind: Kind, slot: u32, number: u32, stream: &str) -> Self {
+        Self {
+            kind,
+            slot,
+            number,
+            stream: stream.into(),
+            waiting: BTreeMap::new(),
+            delayed: 0,
+            open: HashMap::new(),
+            high: 0,
+            confirmed: Instant::now(),
+            recovery: None,
+            revoking: false,
+            done: false,
+            early: HashMap::new(),
+        }
+    }
+
+    fn wait(&mut self, held: Held) {
+        self.delayed += usize::from(held.due.is_some());
+        self.waiting.insert(held.position, held);
+    }
+
+    /// The next to hand out. What is not due holds up what is newer in its lane, and nothing else.
+    fn next(&mut self, now: Instant) -> Option<Held> {
+        if self.revoking || self.recovery.is_some() {
+            return None;
+        }
+        if self.delayed == 0 {
+            return self.waiting.pop_first().map(|(_, held)| held);
+        }
+        let mut blocked = HashSet::new();
+        let mut found = None;
+        for (position, held) in &self.waiting {
+            let lane = wire::lane(&held.raw);
+            if held.due.is_some_and(|due| due > now) {
+                blocked.extend(lane);
+            } else if lane.is_none_or(|lane| !blocked.contains(&lane)) {
+                found = Some(*position);
+                break;
+            }
+        }
+        let held = self.waiting.remove(&found?)?;
+        self.delayed -= usize::from(held.due.is_some());
+        Some(held)
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        let may = !self.revoking && self.recovery.is_none() && self.delayed > 0;
+        may.then(|| self.waiting.values().filter_map(|held| held.due).min()).flatten()
+    }
+
+    /// How many it holds that are newer than what it recovers.
+    pub(crate) fn newer(&self) -> usize {
+        self.recovery.as_ref().map_or(0, |recovery| self.waiting.range(recovery.after.saturating_add(1)..).count())
+    }
+
+    pub(crate) fn is_out(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// The first position that is not settled.
+    pub(crate) fn lowest(&self) -> u64 {
+        let waiting = self.waiting.keys().next().copied();
+        self.open.keys().copied().chain(waiting).min().unwrap_or(self.high + 1)
+    }
+
+    fn lease_ends(&self, received: Instant, ack_wait: Duration) -> Instant {
+        received.max(self.confirmed) + ack_wait
+    }
+}
+
+impl State {
+    pub(crate) fn new(mode: Mode, max: usize, ack_wait: Duration) -> Self {
+        Self {
+            mode,
+            max,
+            ack_wait,
+            sources: BTreeMap::new(),
+            out: HashMap::new(),
+            next: 0,
+            notices: Vec::new(),
+            waker: None,
+            woken: None,
+            demand: false,
+            stopped: false,
+            dead: false,
+            failed: None,
+            flushed: Flushed::default(),
+            told: None,
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    pub(crate) fn open(&mut self, source: Source) -> SourceId {
+        let id = self.number();
+        self.sources.insert(id, source);
+        id
+    }
+
+    pub(crate) fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            self.woken.get_or_insert_with(Instant::now);
+            waker.wake();
+        }
+    }
+
+    pub(crate) fn tell(&mut self, notice: Notice) {
+        self.notices.push(notice);
+        self.wake();
+    }
+
+    pub(crate) fn tell_role(&mut self, role: Role) {
+        if self.told.as_ref() != Some(&role) {
+            self.told = Some(role.clone());
+            // Only the last one matters.
+            self.notices.retain(|notice| !matches!(notice, Notice::Role(_)));
+            self.tell(Notice::Role(role));
+        }
+    }
+
+    // ---- Handing out ----
+
+    /// One poll begins.
+    pub(crate) fn polled(&mut self) {
+        (self.woken, self.demand) = (None, true);
+    }
+
+    pub(crate) fn park(&mut self, waker: &Waker) {
+        if !self.waker.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            self.waker = Some(waker.clone());
+        }
+    }
+
+    pub(crate) fn hand_out(
+        &mut self,
+        max: usize,
+        settle: &Arc<NatsSettle>,
+        names: &crate::names::Names,
+        out: &mut Polled,
+    ) -> bool {
+        let (now, before) = (Instant::now(), out.deliveries.len());
+        let mut room = self.max.saturating_sub(self.out.len()).min(max);
+        for (id, source) in &mut self.sources {
+            while room > 0 {
+                let Some(mut held) = source.next(now) else { break };
+                held.due = None;
+                room -= 1;
+                self.next += 1;
+                let seq = self.next;
+                out.deliveries.push(deliver(
+                    source,
+                    &held,
+                    self.mode,
+                    names,
+                    Acker::new(Arc::clone(settle) as Arc<dyn Settle>, Tag { epoch: 0, seq }),
+                ));
+                source.open.insert(held.position, seq);
+                self.out.insert(seq, Out { source: *id, held, settling: None });
+            }
+        }
+        out.deliveries.len() > before
+    }
+
+    /// When something becomes due.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        if self.out.len() >= self.max {
+            return None;
+        }
+        self.sources.values().filter_map(Source::next_due).min()
+    }
+
+    /// Whether a replay has read, and had settled, all that there was.
+    pub(crate) fn is_over(&self) -> bool {
+        let read = |source: &Source| source.done && source.waiting.is_empty();
+        self.mode == Mode::Replay && self.out.is_empty() && self.sources.values().all(read)
+    }
+
+    // ---- Reading ----
+
+    /// How many more a source should ask the server for, if it has asked for `asked`.
+    pub(crate) fn wants(&self, id: SourceId, asked: usize) -> usize {
+        let Some(source) = self.sources.get(&id) else { return 0 };
+        if self.stopped || self.dead || source.revoking || source.done || (self.mode == Mode::Shared && !self.demand) {
+            return 0;
+        }
+        let topics = |source: &&Source| source.kind == Kind::Topic;
+        let waiting: usize = self.sources.values().filter(topics).map(|source| source.waiting.len()).sum();
+        let room = self.max.saturating_sub(self.out.len() + waiting);
+        if source.kind == Kind::Address {
+            return room.min(ADDRESS_AHEAD).saturating_sub(source.waiting.len() + asked);
+        }
+        if room == 0 {
+            return 0;
+        }
+        let target = (room / self.sources.values().filter(topics).count().max(1)).max(1);
+        let more = target.saturating_sub(asked);
+        // Asking for few at a time costs more than it brings.
+        if asked == 0 || more * 2 >= target { more } else { 0 }
+    }
+
+    /// Takes in what the server has sent.
+    pub(crate) fn arrive(&mut self, id: SourceId, raw: Raw, end: Option<u64>, writer: &Writer) {
+        let reply = raw.reply.clone();
+        let Some(place) = reply.as_ref().and_then(|reply| place(reply)) else { return };
+        let (mode, stopped, now) = (self.mode, self.stopped || self.dead, Instant::now());
+        let Some(source) = self.sources.get_mut(&id) else { return };
+        if mode == Mode::Replay {
+            source.done |= end.is_some_and(|end| place.position >= end || place.pending == 0);
+            if source.done && end.is_some_and(|end| place.position > end) {
+                return self.wake();
+            }
+        }
+        let held = Held { raw, position: place.position, received: now, due: None, redelivered: false };
+        if source.kind == Kind::Address
+            && let Some(left) = not_due(&held.raw, place.stored)
+        {
+            let again = place.delivered > 1 && source.early.get(&place.position) != Some(&(place.delivered - 1));
+            if !again && (source.early.len() < EARLY || source.early.contains_key(&place.position)) {
+                source.early.insert(place.position, place.delivered);
+            }
+            return writer.push(Op::nak(id, held.reply(), left));
+        }
+        let redelivered = place.delivered > 1 && source.early.remove(&place.position) != Some(place.delivered - 1);
+        if mode == Mode::Shared && stopped {
+            return writer.push(Op::nak(id, held.reply(), Duration::ZERO));
+        }
+        self.take_in(id, held, redelivered, writer);
+    }
+
+    /// What is here already takes the new copy's place at the server; else it waits its turn.
+    fn take_in(&mut self, id: SourceId, mut held: Held, redelivered: bool, writer: &Writer) {
+        let Some(source) = self.sources.get_mut(&id) else { return };
+        if let Some(tag) = source.open.get(&held.position).copied() {
+            let Some(out) = self.out.get_mut(&tag) else { return };
+            (out.held.raw.reply, out.held.received) = (held.raw.reply, held.received);
+            if let Some(body) = out.settling {
+                writer.push(Op::settle(id, out.held.reply(), body, tag));
+            }
+            return;
+        }
+        if let Some(known) = source.waiting.get_mut(&held.position) {
+            (known.raw.reply, known.received) = (held.raw.reply, held.received);
+            return;
+        }
+        // What the server has forgotten to have handed out comes with a count of 1.
+        held.redelivered = redelivered || (source.kind == Kind::Topic && held.position <= source.high);
+        source.high = source.high.max(held.position);
+        if let Some(recovery) = source.recovery.as_mut().filter(|recovery| held.position <= recovery.after) {
+            recovery.missing = recovery.missing.saturating_sub(1);
+        }
+        source.wait(held);
+        self.end_recovery(id, false);
+    }
+
+    /// Ends a recovery if all is here, or if it is known to be.
+    pub(crate) fn end_recovery(&mut self, id: SourceId, complete: bool) {
+        let Some(source) = self.sources.get_mut(&id) else { return };
+        if source.recovery.as_ref().is_some_and(|recovery| complete || recovery.missing == 0) {
+            source.recovery = None;
+        }
+        if source.recovery.is_none() {
+            self.wake();
+        }
+    }
+
+    /// What a source holds and is not being settled, by position: it is pending at the server.
+    pub(crate) fn held(&self, id: SourceId) -> HashSet<u64> {
+        let Some(source) = self.sources.get(&id) else { return HashSet::new() };
+        let unsettled = |tag: &u64| self.out.get(tag).is_some_and(|out| out.settling.is_none());
+        let open = source.open.iter().filter(|(_, tag)| unsettled(tag)).map(|(position, _)| *position);
+        source.waiting.keys().copied().chain(open).collect()
+    }
+
+    /// Hands nothing of a source out until it is known what was on its way to this instance and did not arrive.
+    pub(crate) fn doubt(&mut self, id: SourceId) {
+        if let Some(source) = self.sources.get_mut(&id) {
+            source.recovery = Some(Recovery { after: u64::MAX, missing: u64::MAX, since: Instant::now() });
+        }
+    }
+
+    // ---- Settling ----
+
+    pub(crate) fn settle(&mut self, tag: Tag, settlement: Settlement, writer: &Writer) {
+        let Some(out) = self.out.get(&tag.seq).filter(|_| self.lease(tag) != Lease::Lost) else {
+            self.flushed.stale += 1;
+            // What is still listed comes again when the server notices.
+            return self.drop_out(tag.seq);
+        };
+        let (id, reply) = (out.source, out.held.reply());
+        let delay = match settlement {
+            Settlement::Ack => None,
+            Settlement::Release { after } => Some(after),
+            Settlement::Abandon => Some(ABANDONED_BACKOFF),
+        };
+        match delay {
+            None if self.mode == Mode::Replay => {
+                self.flushed.applied += 1;
+                self.drop_out(tag.seq);
+                self.wake();
+            }
+            None => self.settle_by(tag.seq, b"+ACK", Op::settle(id, reply, b"+ACK", tag.seq), writer),
+            Some(delay) if self.mode == Mode::Shared => {
+                self.settle_by(tag.seq, b"-NAK", Op::nak(id, reply, delay).with_tag(tag.seq), writer);
+            }
+            Some(delay) => self.put_back(tag.seq, delay),
+        }
+    }
+
+    fn settle_by(&mut self, tag: u64, body: &'static [u8], op: Op, writer: &Writer) {
+        if let Some(out) = self.out.get_mut(&tag) {
+            out.settling = Some(body);
+            writer.push(op);
+        }
+    }
+
+    /// Keeps what was given back: it is nobody else's, and so it comes before what is newer.
+    fn put_back(&mut self, tag: u64, delay: Duration) {
+        let Some(mut out) = self.out.remove(&tag) else { return };
+        self.flushed.applied += 1;
+        if let Some(source) = self.sources.get_mut(&out.source) {
+            source.open.remove(&out.held.position);
+            out.held.redelivered = true;
+            let far = Duration::from_secs(365 * 24 * 3600);
+            out.held.due = (!delay.is_zero()).then(|| Instant::now() + delay.min(far));
+            source.wait(out.held);
+        }
+        self.wake();
+    }
+
+    fn drop_out(&mut self, tag: u64) {
+        if let Some(out) = self.out.remove(&tag)
+            && let Some(source) = self.sources.get_mut(&out.source)
+        {
+            source.open.remove(&out.held.position);
+        }
+    }
+
+    pub(crate) fn lease(&self, tag: Tag) -> Lease {
+        let Some(out) = self.out.get(&tag.seq).filter(|_| !self.dead) else { return Lease::Lost };
+        let Some(source) = self.sources.get(&out.source) else { return Lease::Lost };
+        if self.mode != Mode::Replay && source.lease_ends(out.held.received, self.ack_wait) <= Instant::now() {
+            return Lease::Lost;
+        }
+        if source.revoking { Lease::Revoking } else { Lease::Live }
+    }
+
+    /// The server has done this.
+    pub(crate) fn applied(&mut self, op: &Op) {
+        if let Some(tag) = op.tag.filter(|tag| self.out.contains_key(tag)) {
+            self.flushed.applied += 1;
+            self.drop_out(tag);
+        }
+        if let Some((tick, source)) = op.tick.and_then(|tick| Some((tick, self.sources.get_mut(&op.source)?))) {
+            source.confirmed = source.confirmed.max(tick);
+        }
+        if self.sources.values().any(|source| !source.waiting.is_empty()) || self.mode == Mode::Keyed {
+            self.wake();
+        }
+    }
+
+    /// Whether what `op` settles is still to be settled.
+    pub(crate) fn is_settling(&self, op: &Op) -> bool {
+        op.tag.is_none_or(|tag| self.out.get(&tag).is_some_and(|out| out.settling.is_some()))
+    }
+
+    /// How many settlements the server has not confirmed.
+    pub(crate) fn settling(&self) -> usize {
+        self.out.values().filter(|out| out.settling.is_some()).count()
+    }
+
+    // ---- Leases ----
+
+    /// Extends all that is held, and gives up what could not be extended in time.
+    pub(crate) fn extend(&mut self, writer: &Writer) {
+        self.expire();
+        self.give_back_unclaimed(writer);
+        let tick = Instant::now();
+        for (id, source) in &self.sources {
+            let out = source.open.values().filter_map(|tag| self.out.get(tag)).map(|out| &out.held);
+            for held in out.chain(source.waiting.values()) {
+                writer.push(Op::progress(*id, held.reply(), tick));
+            }
+        }
+    }
+
+    fn expire(&mut self) {
+        let (now, ack_wait) = (Instant::now(), self.ack_wait);
+        let sources = &self.sources;
+        let over = |source: SourceId, held: &Held| {
+            sources.get(&source).is_none_or(|source| source.lease_ends(held.received, ack_wait) <= now)
+        };
+        let lost: Vec<u64> =
+            self.out.iter().filter(|(_, out)| over(out.source, &out.held)).map(|(tag, _)| *tag).collect();
+        for tag in &lost {
+            let unknown = self.out.get(tag).is_some_and(|out| out.settling.is_some());
+            self.flushed.unknown += u64::from(unknown);
+            self.drop_out(*tag);
+        }
+        for source in self.sources.values_mut() {
+            let confirmed = source.confirmed;
+            source.waiting.retain(|_, held| held.received.max(confirmed) + ack_wait > now);
+            source.delayed = source.waiting.values().filter(|held| held.due.is_some()).count();
+        }
+        if !lost.is_empty() {
+            self.tell(Notice::Leases);
+        }
+    }
+
+    /// What lies here and nobody comes for goes to other instances.
+    fn give_back_unclaimed(&mut self, writer: &Writer) {
+        if self.mode != Mode::Shared || self.woken.is_none_or(|woken| woken.elapsed() < UNCLAIMED) {
+            return;
+        }
+        self.demand = false;
+        let ids: Vec<_> = self.sources.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.give_back_waiting(id, writer));
+    }
+
+    /// Gives back what waits, in order.
+    pub(crate) fn give_back_waiting(&mut self, id: SourceId, writer: &Writer) {
+        let Some(source) = self.sources.get_mut(&id) else { return };
+        source.delayed = 0;
+        for (_, held) in std::mem::take(&mut source.waiting) {
+            let left = held.due.map_or(Duration::ZERO, |due| due.saturating_duration_since(Instant::now()));
+            writer.push(Op::nak(id, held.reply(), left));
+        }
+    }
+
+    /// Gives back all that is not settled, in order; what is out has lost its lease.
+    pub(crate) fn give_back_all(&mut self, id: SourceId, writer: &Writer) {
+        let lost: Vec<u64> =
+            self.sources.get(&id).into_iter().flat_map(|source| source.open.values().copied()).collect();
+        for tag in lost {
+            let unsettled = self.out.get(&tag).is_some_and(|out| out.settling.is_none());
+            if let Some(out) = self.out.remove(&tag).filter(|_| unsettled)
+                && let Some(source) = self.sources.get_mut(&id)
+            {
+                source.wait(out.held);
+            }
+        }
+        if let Some(source) = self.sources.get_mut(&id) {
+            source.open.clear();
+        }
+        if self.mode != Mode::Replay {
+            self.give_back_waiting(id, writer);
+        }
+    }
+
+    /// Forgets a source: what it has comes again, here or elsewhere.
+    pub(crate) fn lose(&mut self, id: SourceId) {
+        let Some(source) = self.sources.remove(&id) else { return };
+        for tag in source.open.values() {
+            let settling = self.out.remove(tag).is_some_and(|out| out.settling.is_some());
+            self.flushed.unknown += u64::from(settling);
+        }
+        if source.is_out() {
+            self.tell(Notice::Leases);
+        }
+    }
+
+    /// What a source has is lost, and its positions begin anew.
+    pub(crate) fn reset(&mut self, id: SourceId) {
+        let Some(source) = self.sources.get(&id) else { return };
+        let fresh = Source::new(source.kind, source.slot, source.number, &source.stream);
+        self.lose(id);
+        self.sources.insert(id, fresh);
+    }
+
+    pub(crate) fn die(&mut self) {
+        self.dead = true;
+        self.flushed.unknown += self.settling() as u64;
+        self.out.clear();
+        self.sources.clear();
+        self.wake();
+    }
+}
+
+/// How long a message is still to wait, by the time that it was stored.
+fn not_due(raw: &Raw, stored: SystemTime) -> Option<Duration> {
+    let delay = raw.headers.as_ref()?.get(wire::DELAY)?.as_str().parse().ok()?;
+    let due = stored.checked_add(Duration::from_millis(delay))?;
+    due.duration_since(SystemTime::now()).ok().filter(|left| !left.is_zero())
+}
+
+fn deliver(source: &Source, held: &Held, mode: Mode, names: &crate::names::Names, acker: Acker) -> Delivery {
+    let origin =
+        wire::Origin { topic: names.topic_of(&held.raw.subject), stream: &source.stream, position: held.position };
+    Delivery {
+        message: wire::decode(held.raw.headers.as_ref(), &held.raw.payload, &origin),
+        position: held.position,
+        slot: source.number,
+        redelivered: held.redelivered,
+        replayed: mode == Mode::Replay,
+        // The server counts what it has sent, which is not what was handed out here; and neither tells losses.
+        hand_outs: None,
+        lost: None,
+        acker,
+    }
+}

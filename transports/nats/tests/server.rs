@@ -1,0 +1,293 @@
+//! What only a server of its own can show: refused and wrong connections, and what is deleted under a subscription.
+//!
+//! `TIDINGS_NATS_SERVER=/path/to/nats-server cargo test -p tidings-nats --test server -- --ignored`
+#![allow(clippy::unwrap_used)]
+
+use std::future::poll_fn;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+use tidings_core::transport::{
+    Delivery, Destination, Fate, Ordering, Polled, Start, Subscription, SubscriptionSpec, Transport, submit_and_wait,
+};
+use tidings_core::{Error, ErrorKind, Message, MessageId, SubscriptionName, Topic, TopicPattern};
+use tidings_nats::{NatsConfig, NatsTransport, Provision};
+use tokio::time::{Instant, sleep, timeout};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A server in a folder of its own, killed when it is dropped.
+struct Server {
+    child: Child,
+    port: u16,
+    dir: PathBuf,
+}
+
+impl Server {
+    fn start(config: &str) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let dir = std::env::temp_dir().join(format!("tidings-nats-{}-{port}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let file = dir.join("server.conf");
+        std::fs::write(&file, config.replace("DIR", dir.to_str().unwrap())).unwrap();
+        let binary = std::env::var("TIDINGS_NATS_SERVER").expect("TIDINGS_NATS_SERVER names the server's binary");
+        let mut command = Command::new(binary);
+        command.args(["-a", "127.0.0.1", "-p", &port.to_string(), "-c"]).arg(&file);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Self { child, port, dir }
+    }
+
+    fn with_streams(more: &str) -> Self {
+        Self::start(&format!("jetstream {{ store_dir: \"DIR/store\" }}\n{more}"))
+    }
+
+    fn config(&self) -> NatsConfig {
+        let mut config =
+            NatsConfig { servers: vec![format!("nats://127.0.0.1:{}", self.port)], ..NatsConfig::default() };
+        config.ack_wait = Duration::from_secs(2);
+        config
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+async fn connect(config: NatsConfig) -> Arc<NatsTransport> {
+    timeout(PATIENCE, NatsTransport::connect(config)).await.expect("an answer").expect("it connects")
+}
+
+async fn refused(config: NatsConfig) -> Error {
+    let begun = Instant::now();
+    let error = timeout(PATIENCE, NatsTransport::connect(config)).await.expect("an answer").err().expect("refused");
+    assert!(begun.elapsed() < Duration::from_secs(8), "it took {:?}", begun.elapsed());
+    let shown = format!("{error} {error:?}");
+    assert!(!shown.contains("canary"), "{shown}");
+    error
+}
+
+fn topic(name: &str) -> Topic {
+    Topic::new(name).unwrap()
+}
+
+fn spec(topics: &[&str], ordering: Ordering) -> SubscriptionSpec {
+    SubscriptionSpec {
+        name: SubscriptionName::new("crm").unwrap(),
+        topics: topics.iter().map(|topic| TopicPattern::new(*topic).unwrap()).collect(),
+        ordering,
+        start: Start::New,
+        max_in_flight: 10,
+        max_hold: Duration::from_secs(60),
+    }
+}
+
+fn message(text: &str) -> Message {
+    let id = MessageId::new(std::time::SystemTime::now());
+    Message::new(id, "/test", "t", topic("shop.order")).with_payload("text/plain", text.to_owned()).with_key("ada")
+}
+
+async fn publish(transport: &NatsTransport, text: &str) {
+    // As core does, until it is confirmed.
+    let message = message(text);
+    let post = [(Destination::Topic(topic("shop.order")), message, None, false)];
+    let begun = Instant::now();
+    loop {
+        let failures = submit_and_wait(&*transport.publisher(), &post).await;
+        let Some((_, failure)) = failures.first() else { return };
+        assert!(failure.error.is_transient() && begun.elapsed() < PATIENCE, "{failure:?}");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn next(subscription: &mut Box<dyn Subscription>) -> Delivery {
+    let mut polled = Polled::default();
+    let waiting = async {
+        while polled.deliveries.is_empty() {
+            poll_fn(|cx| subscription.poll_batch(cx, 1, &mut polled)).await.expect("it goes on");
+        }
+        polled.deliveries.remove(0)
+    };
+    timeout(PATIENCE, waiting).await.expect("a delivery")
+}
+
+async fn api(transport: &NatsTransport, call: &str, body: &str) -> String {
+    let client = transport.native().downcast_ref::<async_nats::Client>().unwrap();
+    let answer = client.request(format!("$JS.API.{call}"), body.to_owned().into()).await.unwrap();
+    String::from_utf8(answer.payload.to_vec()).unwrap()
+}
+
+#[tokio::test]
+#[ignore = "needs TIDINGS_NATS_SERVER"]
+async fn credentials_are_checked() {
+    let pair = nkeys::KeyPair::new_user();
+    let users = format!("{{ user: shop, password: \"s3:cret\" }}, {{ nkey: {} }}", pair.public_key());
+    let server = Server::with_streams(&format!("authorization {{ users: [ {users} ] }}"));
+    assert_eq!(refused(server.config()).await.kind(), ErrorKind::Denied);
+    let with = |user: &str, password: &str| {
+        let (user, password) = (Some(user.to_owned()), Some(password.into()));
+        NatsConfig { user, password, ..server.config() }
+    };
+    assert_eq!(refused(with("shop", "canary")).await.kind(), ErrorKind::Denied);
+    let transport = connect(with("shop", "s3:cret")).await;
+    assert!(!format!("{:?}", with("shop", "canary")).contains("canary"));
+    publish(&transport, "1").await;
+    let nkey = NatsConfig { nkey: Some(pair.seed().unwrap().into()), ..server.config() };
+    publish(&*connect(nkey).await, "2").await;
+    let url = format!("nats://shop:s3%3Acret@127.0.0.1:{}", server.port);
+    connect(NatsConfig::from_url(&url).unwrap()).await;
+    let other = NatsConfig { nkey: Some(nkeys::KeyPair::new_user().seed().unwrap().into()), ..server.config() };
+    assert_eq!(refused(other).await.kind(), ErrorKind::Denied);
+}
+
+#[tokio::test]
+#[ignore = "needs TIDINGS_NATS_SERVER"]
+async fn a_token_is_checked() {
+    let server = Server::with_streams("authorization { token: \"s3cret\" }");
+    let with = |token: &str| NatsConfig { token: Some(token.into()), ..server.config() };
+    assert_eq!(refused(with("canary")).await.kind(), ErrorKind::Denied);
+    connect(with("s3cret")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs TIDINGS_NATS_SERVER"]
+async fn who_does_not_answer_is_given_up() {
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = nobody.local_addr().unwrap();
+    let at = |timeout| NatsConfig {
+        servers: vec![format!("nats://{address}")],
+        connect_timeout: Duration::from_millis(timeout),
+        ..NatsConfig::default()
+    };
+    assert_eq!(refused(at(500)).await.kind(), ErrorKind::Timeout, "it takes the connection and says nothing");
+    drop(nobody);
+    assert_eq!(refused(at(5000)).await.kind(), ErrorKind::Connection, "nobody listens");
+    let server = Server::start("");
+    assert_eq!(refused(server.config()).await.kind(), ErrorKind::Unsupported, "JetStream is off");
+}
+
+/// A certificate of `ca` for this host, and its key, as files.
+fn certificate(dir: &Path, name: &str, ca: &rcgen::CertifiedIssuer<'_, rcgen::KeyPair>) -> (PathBuf, PathBuf) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(vec!["127.0.0.1".into()]).unwrap();
+    let cert = params.signed_by(&key, ca).unwrap();
+    let paths = (dir.join(format!("{name}.pem")), dir.join(format!("{name}.key")));
+    std::fs::write(&paths.0, cert.pem()).unwrap();
+    std::fs::write(&paths.1, key.serialize_pem()).unwrap();
+    paths
+}
+
+fn authority(dir: &Path, name: &str) -> (rcgen::CertifiedIssuer<'static, rcgen::KeyPair>, PathBuf) {
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    let ca = rcgen::CertifiedIssuer::self_signed(params, rcgen::KeyPair::generate().unwrap()).unwrap();
+    let path = dir.join(format!("{name}.pem"));
+    std::fs::write(&path, ca.pem()).unwrap();
+    (ca, path)
+}
+
+#[tokio::test]
+#[ignore = "needs TIDINGS_NATS_SERVER"]
+async fn tls_is_checked_both_ways() {
+    let dir = std::env::temp_dir().join(format!("tidings-nats-tls-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let ((ca, ca_file), (_, other_file)) = (authority(&dir, "ca"), authority(&dir, "other"));
+    let (cert, key) = certificate(&dir, "server", &ca);
+    let (client_cert, client_key) = certificate(&dir, "client", &ca);
+    let tls = format!("cert_file: {cert:?}, key_file: {key:?}, ca_file: {ca_file:?}, verify: true");
+    let server = Server::with_streams(&format!("tls {{ {tls} }}"));
+    let with = |ca: &Path, cert: Option<(&Path, &Path)>| NatsConfig {
+        tls_ca_file: Some(ca.to_owned()),
+        tls_cert_file: cert.map(|(cert, _)| cert.to_owned()),
+        tls_key_file: cert.map(|(_, key)| key.to_owned()),
+        ..server.config()
+    };
+    let mutual = Some((&*client_cert, &*client_key));
+    publish(&*connect(with(&ca_file, mutual)).await, "1").await;
+    for wrong in [with(&other_file, mutual), with(&ca_file, None)] {
+        let error = refused(wrong).await;
+        assert!(matches!(error.kind(), ErrorKind::Connection | ErrorKind::Timeout), "{error:?}");
+    }
+    let no_tls = Server::with_streams("");
+    let required = NatsConfig { tls_ca_file: Some(ca_file), ..no_tls.config() };
+    let error = refused(required).await;
+    assert!(matches!(error.kind(), ErrorKind::Connection | ErrorKind::Timeout), "{error:?}");
+    let _ = std::fs::remove_dir_all(dir);
+}
+
+#[tokio::test]
+#[ignore = "needs TIDINGS_NATS_SERVER"]
+async fn what_is_deleted_under_a_subscription_is_built_again() {
+    for ordering in [Ordering::Key, Ordering::None] {
+        let server = Server::with_streams("");
+        let transport = connect(server.config()).await;
+        let mut subscription = transport.subscribe(spec(&["shop.order"], ordering)).await.unwrap();
+        publish(&transport, "1").await;
+        next(&mut subscription).await.acker.ack();
+        api(&transport, "CONSUMER.DELETE.shop.crm", "").await;
+        publish(&transport, "2").await;
+        let delivery = next(&mut subscription).await;
+        assert_eq!(&delivery.message.payload[..], b"2", "{ordering:?}: nothing is read twice, and nothing is missing");
+        delivery.acker.ack();
+        assert!(api(&transport, "STREAM.DELETE.shop", "").await.contains("true"));
+        publish(&transport, "3").await;
+        let delivery = next(&mut subscription).await;
+        assert_eq!(&delivery.message.payload[..], b"3", "{ordering:?}");
+        delivery.acker.ack();
+        let flushed = subscription.close(Instant::now() + PATIENCE).await;
+        assert_eq!((flushed.applied, flushed.stale), (3, 0));
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs TIDINGS_NATS_SERVER"]
+async fn streams_that_do_not_fit_are_refused_and_not_changed() {
+    let server = Server::with_streams("");
+    let transport = connect(server.config()).await;
+    let create = async |name: &str, rest: &str| {
+        let body = format!("{{\"name\":\"{name}\",\"storage\":\"file\",{rest}}}");
+        let answer = api(&transport, &format!("STREAM.CREATE.{name}"), &body).await;
+        assert!(!answer.contains("\"error\""), "{answer}");
+    };
+    create("part", r#""retention":"limits","subjects":["part.a"]"#).await;
+    create("queue", r#""retention":"workqueue","subjects":["queue.>"]"#).await;
+    create("drops", r#""retention":"limits","subjects":["drops.>"],"max_msgs":5,"discard":"old" "#).await;
+    create("fits", r#""retention":"limits","subjects":["fits.>"]"#).await;
+    for (pattern, named) in [("part.>", "part"), ("queue.a", "retention"), ("drops.a", "discard")] {
+        let error = transport.subscribe(spec(&[pattern], Ordering::None)).await.err().expect("refused");
+        assert_eq!(error.kind(), ErrorKind::Mismatch, "{pattern}: {error}");
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    let error = transport.subscribe(spec(&["fits.a.*", "fits.*.b"], Ordering::None)).await.err().expect("refused");
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    transport.subscribe(spec(&["fits.a"], Ordering::None)).await.expect("it is found by its subject");
+}
+
+#[tokio::test]
+#[ignore = "needs TIDINGS_NATS_SERVER"]
+async fn what_may_not_be_created_is_missed() {
+    let server = Server::with_streams("");
+    let transport = connect(NatsConfig { provision: Provision::Verify, ..server.config() }).await;
+    let post = [(Destination::Topic(topic("shop.order")), message("1"), None, false)];
+    let failures = submit_and_wait(&*transport.publisher(), &post).await;
+    let failure = &failures[0].1;
+    assert_eq!((failure.fate, failure.error.kind()), (Fate::NotPersisted, ErrorKind::NotFound), "{failure:?}");
+    assert!(!failure.error.is_transient());
+    let error = transport.subscribe(spec(&["shop.order"], Ordering::None)).await.err().expect("refused");
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    let limit = transport.capabilities().max_payload;
+    let large = message("").with_payload("text/plain", vec![b'x'; limit + 1]);
+    let failures =
+        submit_and_wait(&*transport.publisher(), &[(Destination::Topic(topic("shop.order")), large, None, false)])
+            .await;
+    assert_eq!(failures[0].1.error.kind(), ErrorKind::TooLarge);
+}
