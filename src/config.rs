@@ -193,7 +193,7 @@ impl Config {
     }
 
     /// The section of the selected transport, strictly.
-    #[cfg(feature = "memory")]
+    #[cfg(any(feature = "memory", feature = "nats"))]
     pub(crate) fn section<T: DeserializeOwned + Default>(&self, name: &'static str) -> Result<T> {
         let section = self.sections.get(name).cloned();
         section.map_or_else(
