@@ -33,6 +33,8 @@ fn compiled_in(transport: &'static str) -> Result<&'static str> {
     match transport {
         #[cfg(feature = "memory")]
         "memory" => Ok(transport),
+        #[cfg(feature = "nats")]
+        "nats" => Ok(transport),
         // A feature of a transport that is not released yet does not exist; the text is the same then.
         _ => {
             let why =
@@ -61,23 +63,42 @@ impl Config {
     async fn transport(&self) -> Result<Arc<dyn Transport>> {
         match self.selected()? {
             #[cfg(feature = "memory")]
-            "memory" => {
-                use tidings_memory::{MemoryConfig, MemoryTransport};
-                let mut config: MemoryConfig = self.section("memory")?;
-                if let Some(url) = &self.url {
-                    config = MemoryConfig::from_url(url)?;
-                }
-                if config.name.is_empty() {
-                    // Buses of one configuration meet, as on any broker.
-                    config.name = "default".into();
-                }
-                if let Some(namespace) = &self.namespace {
-                    config.namespace.clone_from(namespace);
-                }
-                Ok(MemoryTransport::connect(config)?)
-            }
+            "memory" => self.memory(),
+            #[cfg(feature = "nats")]
+            "nats" => Ok(tidings_nats::NatsTransport::connect(self.nats()?).await?),
             other => Err(Error::new(ErrorKind::Internal, format!("transport `{other}` has no connector"))),
         }
+    }
+}
+
+/// Of each transport: its section, then the URL, then the namespace, each over what came before.
+impl Config {
+    #[cfg(feature = "memory")]
+    fn memory(&self) -> Result<Arc<dyn Transport>> {
+        let mut config: tidings_memory::MemoryConfig = self.section("memory")?;
+        if let Some(url) = &self.url {
+            config = config.with_url(url)?;
+        }
+        if config.name.is_empty() {
+            // Buses of one configuration meet, as on any broker.
+            config.name = "default".into();
+        }
+        if let Some(namespace) = &self.namespace {
+            config.namespace.clone_from(namespace);
+        }
+        Ok(tidings_memory::MemoryTransport::connect(config)?)
+    }
+
+    #[cfg(feature = "nats")]
+    fn nats(&self) -> Result<tidings_nats::NatsConfig> {
+        let mut config: tidings_nats::NatsConfig = self.section("nats")?;
+        if let Some(url) = &self.url {
+            config = config.with_url(url)?;
+        }
+        if let Some(namespace) = &self.namespace {
+            config.namespace.clone_from(namespace);
+        }
+        Ok(config)
     }
 }
 
@@ -89,6 +110,11 @@ impl Config {
             "memory" => {
                 self.section::<tidings_memory::MemoryConfig>(name)?;
                 Ok(Some(tidings_memory::capabilities()))
+            }
+            #[cfg(feature = "nats")]
+            "nats" => {
+                self.section::<tidings_nats::NatsConfig>(name)?;
+                Ok(Some(tidings_nats::capabilities()))
             }
             _ => Ok(None),
         }

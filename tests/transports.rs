@@ -7,5 +7,5 @@ use tidings_conformance::Suite;
 use tidings_tests::factories::{Directory, Memory, Nats};
 
 fn main() -> ExitCode {
-    Suite::new().with(Memory).with(Directory).with_requested(Nats::from_env()).main()
+    Suite::new().with(Memory).with(Directory).with_requested(Nats::default()).main()
 }

@@ -1,6 +1,7 @@
 //! The transports of this repository, as the conformance suite takes them.
 
 use crate::proxy::Proxy;
+use crate::server::Server;
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, Weak};
 use tidings::memory::{MemoryConfig, MemoryTransport};
@@ -9,6 +10,9 @@ use tidings_conformance::{Broker, Factory};
 use tidings_core::{Connect, Error, ErrorKind, Result};
 use tidings_directory::DirectoryConfig;
 use tidings_nats::{NatsConfig, NatsTransport};
+
+/// Names a server to use in place of one of its own.
+const NATS_URL: &str = "TIDINGS_TEST_NATS_URL";
 
 /// The example of a transport: a directory of files for each case.
 #[derive(Clone, Debug, Default)]
@@ -117,27 +121,32 @@ impl Broker for MemoryBroker {
     }
 }
 
-/// NATS JetStream, on a server that runs already.
-#[derive(Clone, Debug)]
+/// NATS JetStream: a server of its own, or the one that `TIDINGS_TEST_NATS_URL` names, which is not restarted.
+#[derive(Debug, Default)]
 pub struct Nats {
-    url: Option<String>,
-    /// A command that kills the server and starts it again.
-    restart: Option<String>,
+    server: Mutex<Option<Arc<Server>>>,
 }
 
 impl Nats {
-    /// The server that `TIDINGS_TEST_NATS_URL` names; `TIDINGS_TEST_NATS_RESTART` is a command that kills it and starts it
-    /// again.
-    #[must_use]
-    pub fn from_env() -> Self {
-        let of = |name| std::env::var(name).ok();
-        Self { url: of("TIDINGS_TEST_NATS_URL"), restart: of("TIDINGS_TEST_NATS_RESTART") }
+    /// The URL, and the server if it was started for this.
+    fn server(&self) -> Result<(String, Option<Arc<Server>>)> {
+        if let Ok(url) = std::env::var(NATS_URL) {
+            return Ok((url, None));
+        }
+        let mut server = self.server.lock().expect("no panic inside");
+        if server.is_none() {
+            let started = Server::start("nats");
+            let why = "no server could be started";
+            *server = Some(Arc::new(started.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?));
+        }
+        let url = server.as_ref().map(|server| server.url().to_owned()).unwrap_or_default();
+        Ok((url, server.clone()))
     }
 }
 
 struct NatsBroker {
     config: NatsConfig,
-    restart: Option<String>,
+    server: Option<Arc<Server>>,
     /// What lies between the case and the server.
     proxy: Proxy,
 }
@@ -149,21 +158,17 @@ impl Factory for Nats {
     }
 
     async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
-        let url = self.url.as_deref().ok_or_else(|| {
-            let why = "TIDINGS_TEST_NATS_URL names no server, such as nats://127.0.0.1:4222";
-            Error::new(ErrorKind::Config, why)
-        })?;
-        let mut config = NatsConfig::from_url(url)?;
+        let (url, started) = tokio::task::block_in_place(|| self.server())?;
+        let mut config = NatsConfig::from_url(&url)?;
         namespace.clone_into(&mut config.namespace);
         // What a dead instance left open comes back soon enough for a test.
         config.ack_wait = std::time::Duration::from_secs(3);
         let unreachable = |e: std::io::Error| Error::new(ErrorKind::Connection, "no proxy").with_source(e);
         let server = config.servers[0].trim_start_matches("nats://").parse();
-        let server =
-            server.map_err(|_| Error::new(ErrorKind::Config, "TIDINGS_TEST_NATS_URL has no ip address and port"))?;
+        let server = server.map_err(|_| Error::new(ErrorKind::Config, "the url has no ip address and port"))?;
         let proxy = Proxy::start(server).await.map_err(unreachable)?;
         config.servers = vec![format!("nats://{}", proxy.address())];
-        Ok(Arc::new(NatsBroker { config, restart: self.restart.clone(), proxy }))
+        Ok(Arc::new(NatsBroker { config, server: started, proxy }))
     }
 
     fn cannot_cut(&self) -> Option<&'static str> {
@@ -171,7 +176,7 @@ impl Factory for Nats {
     }
 
     fn cannot_restart(&self) -> Option<&'static str> {
-        self.restart.is_none().then_some("TIDINGS_TEST_NATS_RESTART names no command that restarts the server")
+        std::env::var(NATS_URL).is_ok().then_some("the server that TIDINGS_TEST_NATS_URL names is not ours to restart")
     }
 }
 
@@ -196,11 +201,10 @@ impl Broker for NatsBroker {
     }
 
     async fn restart(&self) -> Result<()> {
-        let command = self.restart.clone().unwrap_or_default();
-        let run = move || std::process::Command::new("sh").arg("-c").arg(command).status();
-        let status = tokio::task::spawn_blocking(run).await.expect("no panic inside");
-        if !status.is_ok_and(|status| status.success()) {
-            return Err(Error::new(ErrorKind::Internal, "the command that restarts the server has failed"));
+        if let Some(server) = &self.server {
+            let restarted = tokio::task::block_in_place(|| server.kill().and_then(|()| server.up()));
+            let why = "the server does not come back";
+            restarted.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?;
         }
         loop {
             match NatsTransport::connect(self.config.clone()).await {

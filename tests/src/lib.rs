@@ -4,6 +4,7 @@ pub mod broken;
 pub mod factories;
 pub mod faulty;
 pub mod proxy;
+pub mod server;
 pub mod sim;
 
 use std::future::Future;

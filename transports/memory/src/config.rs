@@ -65,6 +65,14 @@ impl MemoryConfig {
     /// # Errors
     /// [`ErrorKind::Config`] for another scheme, an unknown key or a malformed value, each by name.
     pub fn from_url(url: &str) -> Result<Self> {
+        Self::default().with_url(url)
+    }
+
+    /// The same, with the name and the settings of `url`, as [`from_url`](Self::from_url) reads them.
+    ///
+    /// # Errors
+    /// As [`from_url`](Self::from_url).
+    pub fn with_url(mut self, url: &str) -> Result<Self> {
         let Some(rest) = url.strip_prefix("memory://") else {
             return Err(invalid("the url must start with `memory://`"));
         };
@@ -73,12 +81,12 @@ impl MemoryConfig {
         if name.contains(['/', '#', '@', ':']) {
             return Err(invalid("the url has a host, path or port; write `memory://name`"));
         }
-        let mut config = Self::named(name);
+        name.clone_into(&mut self.name);
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            config.set(key, value)?;
+            self.set(key, value)?;
         }
-        Ok(config)
+        Ok(self)
     }
 
     fn set(&mut self, key: &str, value: &str) -> Result<()> {

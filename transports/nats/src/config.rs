@@ -122,6 +122,14 @@ impl NatsConfig {
     /// # Errors
     /// [`ErrorKind::Config`] for another scheme, an unknown key or a malformed value, each by name.
     pub fn from_url(url: &str) -> Result<Self> {
+        Self::default().with_url(url)
+    }
+
+    /// The same, on the servers and with the settings that `url` names, as [`from_url`](Self::from_url) reads them.
+    ///
+    /// # Errors
+    /// As [`from_url`](Self::from_url).
+    pub fn with_url(mut self, url: &str) -> Result<Self> {
         let (scheme, rest) = url.split_once("://").filter(|(scheme, _)| matches!(*scheme, "nats" | "tls")).ok_or_else(
             // The url may hold a password.
             || invalid("the url must start with `nats://` or `tls://`"),
@@ -132,16 +140,15 @@ impl NatsConfig {
         if hosts.is_empty() || hosts.contains(['/', '#', '@']) {
             return Err(invalid("the url has no host, or a path; write `nats://host:port`"));
         }
-        let servers = hosts.split(',').map(|host| format!("{scheme}://{host}")).collect();
-        let mut config = Self { servers, ..Self::default() };
+        self.servers = hosts.split(',').map(|host| format!("{scheme}://{host}")).collect();
         if let Some(login) = login {
-            config.log_in(login)?;
+            self.log_in(login)?;
         }
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            config.set(key, &unescape(value)?)?;
+            self.set(key, &unescape(value)?)?;
         }
-        Ok(config)
+        Ok(self)
     }
 
     fn log_in(&mut self, login: &str) -> Result<()> {

@@ -1,6 +1,4 @@
 //! What only a server of its own can show: refused and wrong connections, and what is deleted under a subscription.
-//!
-//! `TIDINGS_NATS_SERVER=/path/to/nats-server cargo test -p tidings-nats --test server -- --ignored`
 #![allow(clippy::unwrap_used)]
 
 use std::future::poll_fn;
@@ -18,6 +16,14 @@ use tokio::time::{Instant, sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// The server's program, which `scripts/brokers` installs if it is missing.
+fn binary() -> PathBuf {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/brokers");
+    let output = Command::new(script).args(["binary", "nats"]).stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().into()
+}
+
 /// A server in a folder of its own, killed when it is dropped.
 struct Server {
     child: Child,
@@ -32,8 +38,7 @@ impl Server {
         std::fs::create_dir_all(&dir).unwrap();
         let file = dir.join("server.conf");
         std::fs::write(&file, config.replace("DIR", dir.to_str().unwrap())).unwrap();
-        let binary = std::env::var("TIDINGS_NATS_SERVER").expect("TIDINGS_NATS_SERVER names the server's binary");
-        let mut command = Command::new(binary);
+        let mut command = Command::new(binary());
         command.args(["-a", "127.0.0.1", "-p", &port.to_string(), "-c"]).arg(&file);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
@@ -126,7 +131,6 @@ async fn api(transport: &NatsTransport, call: &str, body: &str) -> String {
 }
 
 #[tokio::test]
-#[ignore = "needs TIDINGS_NATS_SERVER"]
 async fn credentials_are_checked() {
     let pair = nkeys::KeyPair::new_user();
     let users = format!("{{ user: shop, password: \"s3:cret\" }}, {{ nkey: {} }}", pair.public_key());
@@ -149,7 +153,6 @@ async fn credentials_are_checked() {
 }
 
 #[tokio::test]
-#[ignore = "needs TIDINGS_NATS_SERVER"]
 async fn a_token_is_checked() {
     let server = Server::with_streams("authorization { token: \"s3cret\" }");
     let with = |token: &str| NatsConfig { token: Some(token.into()), ..server.config() };
@@ -158,7 +161,6 @@ async fn a_token_is_checked() {
 }
 
 #[tokio::test]
-#[ignore = "needs TIDINGS_NATS_SERVER"]
 async fn who_does_not_answer_is_given_up() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = nobody.local_addr().unwrap();
@@ -196,7 +198,6 @@ fn authority(dir: &Path, name: &str) -> (rcgen::CertifiedIssuer<'static, rcgen::
 }
 
 #[tokio::test]
-#[ignore = "needs TIDINGS_NATS_SERVER"]
 async fn tls_is_checked_both_ways() {
     let dir = std::env::temp_dir().join(format!("tidings-nats-tls-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
@@ -225,7 +226,6 @@ async fn tls_is_checked_both_ways() {
 }
 
 #[tokio::test]
-#[ignore = "needs TIDINGS_NATS_SERVER"]
 async fn what_is_deleted_under_a_subscription_is_built_again() {
     for ordering in [Ordering::Key, Ordering::None] {
         let server = Server::with_streams("");
@@ -249,7 +249,6 @@ async fn what_is_deleted_under_a_subscription_is_built_again() {
 }
 
 #[tokio::test]
-#[ignore = "needs TIDINGS_NATS_SERVER"]
 async fn streams_that_do_not_fit_are_refused_and_not_changed() {
     let server = Server::with_streams("");
     let transport = connect(server.config()).await;
@@ -273,7 +272,6 @@ async fn streams_that_do_not_fit_are_refused_and_not_changed() {
 }
 
 #[tokio::test]
-#[ignore = "needs TIDINGS_NATS_SERVER"]
 async fn what_may_not_be_created_is_missed() {
     let server = Server::with_streams("");
     let transport = connect(NatsConfig { provision: Provision::Verify, ..server.config() }).await;

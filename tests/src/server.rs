@@ -1,0 +1,107 @@
+//! A real broker of a test's own, by `scripts/brokers`: on ports and in a folder that nobody else uses.
+
+use std::io;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+/// A broker that was started for this process; dropped, it is stopped and its data removed.
+#[derive(Debug)]
+pub struct Server {
+    broker: &'static str,
+    state: PathBuf,
+    variables: Vec<(String, String)>,
+    url: String,
+}
+
+impl Server {
+    /// Installs (once) and starts `nats`, `rabbitmq` or `kafka`. Blocks until it answers.
+    ///
+    /// # Errors
+    /// What `scripts/brokers` said, in one line.
+    pub fn start(broker: &'static str) -> io::Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let state = format!("tidings-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        let ports = match broker {
+            "rabbitmq" => &["RABBITMQ", "RABBITMQ_STREAM", "RABBITMQ_DIST", "RABBITMQ_EPMD"][..],
+            "kafka" => &["KAFKA", "KAFKA_CONTROLLER"],
+            _ => &["NATS"],
+        };
+        // All are held until all are known, so that no two are the same.
+        let free = ports.iter().map(|_| TcpListener::bind("127.0.0.1:0")).collect::<io::Result<Vec<_>>>()?;
+        let variable = |(name, port): (&&str, &TcpListener)| {
+            port.local_addr().map(|address| (format!("TIDINGS_{name}_PORT"), address.port().to_string()))
+        };
+        let variables = ports.iter().zip(&free).map(variable).collect::<io::Result<Vec<_>>>()?;
+        drop(free);
+        let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
+        server.up()?;
+        server.url = server.run("url")?.trim().to_owned();
+        Ok(server)
+    }
+
+    /// What to connect to.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Kills it with -9; its data stays.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn kill(&self) -> io::Result<()> {
+        self.run("kill").map(drop)
+    }
+
+    /// Starts it again, on the data it had. Blocks until it answers.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn up(&self) -> io::Result<()> {
+        self.run("up").map(drop)
+    }
+
+    /// Stops it in order and starts it again.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn restart(&self) -> io::Result<()> {
+        self.run("restart").map(drop)
+    }
+
+    fn run(&self, what: &str) -> io::Result<String> {
+        let mut command = script();
+        command.args([what, self.broker]).env("TIDINGS_STATE", &self.state).envs(self.variables.iter().cloned());
+        for broker in ["NATS", "RABBITMQ", "KAFKA"] {
+            // Somebody's broker in the environment is not this test's.
+            command.env_remove(format!("TIDINGS_{broker}_URL"));
+        }
+        output(&mut command)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Err(error) = self.run("down") {
+            eprintln!("{} was not stopped: {error}", self.broker);
+        }
+        let _ = std::fs::remove_dir_all(&self.state);
+    }
+}
+
+fn script() -> Command {
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/brokers"));
+    command.stdin(Stdio::null());
+    command
+}
+
+fn output(command: &mut Command) -> io::Result<String> {
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(io::Error::other(said.lines().collect::<Vec<_>>().join("; ")))
+}
