@@ -6,11 +6,13 @@
 
 mod acker;
 mod prefix;
+mod slots;
 
 pub use crate::publish::flight::{Fate, PublishFailure, Receipt, submit_and_wait};
 pub(crate) use acker::Watcher;
 pub use acker::{ABANDONED_BACKOFF, Acker, Lease, Settle, Settlement, Tag};
 pub use prefix::PrefixTracker;
+pub use slots::{share_slots, slot_of};
 
 use crate::events::Events;
 use crate::{Error, Message, Result, SubscriptionName, Topic, TopicPattern};

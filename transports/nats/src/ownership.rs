@@ -8,7 +8,6 @@
 use crate::api::{Api, number};
 use crate::connection::Link;
 use crate::error::{ApiError, Failure, error};
-use crate::share::share;
 use crate::state::{Kind, Recovery, Source, SourceId};
 use crate::subscription::{Instance, read_slot};
 use crate::topology::{Catalog, ConsumerPlan, Part, expecting};
@@ -20,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tidings_core::transport::{Notice, Ordering, Role};
+use tidings_core::transport::{Notice, Ordering, Role, share_slots};
 use tidings_core::{ErrorKind, Result};
 use tokio::time::{Instant, interval, sleep_until};
 
@@ -266,7 +265,7 @@ impl Ownership {
 
     async fn settle_slot(&mut self, slot: u32, picture: &Picture) -> Result<(), Failure> {
         let ranks: Vec<u64> = picture.members.iter().map(|(rank, _)| *rank).collect();
-        let wanted = share(self.slots as usize, &ranks).get(slot as usize).copied().flatten();
+        let wanted = share_slots(self.slots as usize, &ranks).get(slot as usize).copied().flatten();
         let mine = wanted.is_some_and(|at| picture.members[at].1 == self.name);
         let claim = picture.claims.get(&slot);
         match (claim, self.owned.contains_key(&slot)) {
