@@ -5,6 +5,7 @@ use super::pump::{Pumped, pump};
 use super::worker::Worker;
 use crate::transport::{Flushed, Health, Role, Subscription};
 use crate::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -21,9 +22,12 @@ pub struct Running {
     /// Before the pumps, so that dropping ends what works on leases before it ends the leases.
     workers: JoinSet<()>,
     pumps: JoinSet<Pumped>,
-    /// Subscriptions that have ended by themselves, still to be closed.
-    ended: Vec<Box<dyn Subscription>>,
+    /// Subscriptions that have ended by themselves, still to be closed. The lock makes it `Sync`, and is never taken.
+    ended: Mutex<Vec<Box<dyn Subscription>>>,
 }
+
+// What answers for the health of a program shares it between tasks.
+const _: fn(&Running) -> &(dyn Send + Sync) = |running| running;
 
 /// How a drain ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,7 +96,7 @@ impl Counters {
 impl Running {
     pub(super) fn new() -> Self {
         let stop = watch::Sender::new(false);
-        Self { stop, subscribed: Vec::new(), pumps: JoinSet::new(), workers: JoinSet::new(), ended: Vec::new() }
+        Self { stop, subscribed: Vec::new(), pumps: JoinSet::new(), workers: JoinSet::new(), ended: Mutex::default() }
     }
 
     pub(super) fn spawn(&mut self, subscribed: Arc<Subscribed>, subscription: Box<dyn Subscription>) {
@@ -179,7 +183,7 @@ impl Running {
         while let Some(pumped) = self.pumps.join_next().await {
             match pumped {
                 Ok(Pumped { subscription, ended }) => {
-                    self.ended.push(subscription);
+                    self.ended.get_mut().push(subscription);
                     ended?;
                 }
                 Err(panic) => {
@@ -201,7 +205,7 @@ impl Running {
     /// The replay goes on; waiting again is fine.
     pub async fn finished(&mut self) -> Result<()> {
         self.all_ended().await?;
-        while let Some(subscription) = self.ended.pop() {
+        while let Some(subscription) = self.ended.get_mut().pop() {
             subscription.close(Instant::now() + super::DRAIN).await;
         }
         Ok(())
@@ -219,7 +223,7 @@ impl Running {
             subscribed.lanes.lock().stop();
             subscribed.ready.iter().for_each(tokio::sync::Notify::notify_waiters);
         }
-        let mut subscriptions = std::mem::take(&mut self.ended);
+        let mut subscriptions = std::mem::take(self.ended.get_mut());
         while let Some(pumped) = self.pumps.join_next().await {
             subscriptions.extend(pumped.ok().map(|pumped| pumped.subscription));
         }

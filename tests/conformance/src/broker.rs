@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use std::sync::Arc;
+use std::time::Duration;
 use tidings_core::Result;
 use tidings_core::transport::Transport;
 
@@ -20,6 +21,12 @@ pub trait Factory: Send + Sync + 'static {
     /// Whether the broker lives in this process, so that its stored messages count as this process's memory.
     fn in_process(&self) -> bool {
         false
+    }
+
+    /// For how long a delivery stays with an instance that says nothing, where that is limited: the cases let handlers run
+    /// for longer, and wait for as long after a crash. Configure the transport under test with a short one. Default: 1 s.
+    fn lease(&self) -> Duration {
+        Duration::from_secs(1)
     }
 
     /// Why [`Broker::cut`] cannot be done; `None` if it can.

@@ -174,3 +174,19 @@ impl<T: Clone + Send + 'static> Seen<T> {
         self.all()
     }
 }
+
+impl Env {
+    /// Another namespace on the same broker, which the case must [clean up](Self::clean_up).
+    pub(crate) async fn elsewhere(&self) -> Self {
+        let broker = self.factory.open(&namespace()).await.expect("another namespace");
+        let first = broker.connect().await.expect("a connection");
+        Self { factory: Arc::clone(&self.factory), broker, first, clock: self.clock }
+    }
+}
+
+/// How many bytes of memory this process uses; `None` where that cannot be told.
+pub(crate) fn memory() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib * 1024)
+}

@@ -6,6 +6,7 @@ mod cases;
 mod env;
 mod events;
 mod reader;
+mod services;
 mod suite;
 
 pub use broker::{Broker, Factory};

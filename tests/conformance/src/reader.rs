@@ -4,12 +4,12 @@ use crate::env::{Env, PATIENCE, subscription, within};
 use std::fmt::Display;
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tidings_core::transport::{
     Delivery, Destination, Flushed, Notice, Ordering, Polled, PublishFailure, ReplayFrom, ReplaySpec, Role, Start,
     Subscription, SubscriptionSpec, TopicSpec, Topology, Transport, submit_and_wait,
 };
-use tidings_core::{Clock, Message, MessageId, Topic, TopicPattern};
+use tidings_core::{Clock, Headers, Message, MessageId, Topic, TopicPattern};
 use tokio::time::{Instant, timeout};
 
 pub(crate) fn topic(name: &str) -> Topic {
@@ -214,5 +214,80 @@ impl Reader {
             delivery.acker.release(Duration::ZERO);
         }
         within("closing", subscription.close(Instant::now() + Duration::from_secs(30))).await
+    }
+}
+
+impl Reader {
+    /// Ends this instance as a crash does: what it holds is neither settled nor given back.
+    pub(crate) fn crash(self, held: Vec<Delivery>) {
+        drop(self);
+        // Too late to settle anything.
+        drop(held);
+    }
+
+    /// What one poll adds that asks for `max`.
+    pub(crate) async fn poll_for(&mut self, max: usize) -> Vec<Delivery> {
+        while self.polled.deliveries.is_empty() {
+            assert!(within("a delivery", self.poll(max)).await.expect("the subscription goes on"), "it has ended");
+        }
+        std::mem::take(&mut self.polled.deliveries)
+    }
+
+    /// The next `count` texts, sorted, each acked.
+    pub(crate) async fn texts(&mut self, count: usize) -> Vec<String> {
+        let mut texts = Vec::with_capacity(count);
+        while texts.len() < count {
+            let delivery = self.next().await;
+            texts.push(said(&delivery).to_owned());
+            delivery.acker.ack();
+        }
+        texts.sort_unstable();
+        texts
+    }
+}
+
+/// A message that has everything that a message can have.
+pub(crate) fn full(topic_name: &str) -> Message {
+    let mut message = saying(topic_name, "ada", "all of it");
+    message.id = "order-4711".into();
+    message.source = "/shops/1?of=2".into();
+    message.event_type = "com.example.someone.elses".into();
+    message.version = 7;
+    message.time = Some(SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_123_456));
+    message.recorded_time = Some(SystemTime::UNIX_EPOCH + Duration::from_micros(1_764_000_000_000_001));
+    message.content_type = "text/plain; charset=utf-8".into();
+    message.correlation_id = Some("flow-1".into());
+    message.causation_id = Some("01890a5d-ac96-774b-bcce-b302099a8057".into());
+    let attributes = [("subject", "orders/4711"), ("dataschema", "https://example.com/v7"), ("tenantid", "acme")];
+    message.attributes = attributes.map(|(name, value)| (name.into(), value.into())).to_vec();
+    message.headers.append("X-Tenant", "acme").expect("a valid header");
+    message.headers.append("x-bytes", &b"\0\xff\r\n"[..]).expect("a valid header");
+    message.headers.append_unchecked("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+    message
+}
+
+/// That a message came as it was sent; only headers and attributes of different names may have changed places.
+pub(crate) fn assert_same(came: &Message, sent: &Message) {
+    let sizes = (came.payload.len(), sent.payload.len());
+    assert!(came.payload == sent.payload, "the payload of {} bytes is not that of {}", sizes.0, sizes.1);
+    let comparable = |message: &Message| {
+        let mut message = message.clone();
+        message.payload = bytes::Bytes::new();
+        message.attributes.sort();
+        let mut headers: Vec<_> = message.headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        headers.sort_by_key(|(name, _)| name.to_ascii_lowercase());
+        message.headers = Headers::new();
+        headers.into_iter().for_each(|(name, value)| message.headers.append_unchecked(name, value));
+        message
+    };
+    assert_eq!(comparable(came), comparable(sent));
+}
+
+/// Publishes messages to their topics, in order, and has them confirmed.
+pub(crate) async fn publish_messages(transport: &Arc<dyn Transport>, messages: &[Message]) {
+    let post = |message: &Message| (Destination::Topic(message.topic.clone()), message.clone(), None, false);
+    for part in messages.chunks(64) {
+        let failures = submit(transport, &part.iter().map(post).collect::<Vec<_>>()).await;
+        assert!(failures.is_empty(), "{failures:?}");
     }
 }

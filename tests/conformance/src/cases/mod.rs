@@ -1,6 +1,8 @@
 //! The cases, in groups. Each has the name of a promise.
 
+mod data;
 mod publish;
+mod settlement;
 
 use crate::env::Env;
 use tidings_core::transport::BoxFuture;
@@ -72,7 +74,7 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [publish::CASES].into_iter().flatten()
+    [publish::CASES, data::CASES, settlement::CASES].into_iter().flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.

@@ -1,0 +1,401 @@
+//! Promises 2, 13 and 14: at least once, attempts that are counted truthfully, duplicates that are marked.
+
+use super::cases;
+use crate::env::{Env, Seen, dead_letters, drain, eventually, start, total};
+use crate::events::{Invoice, Order, Viewed, order};
+use crate::reader::{open, publish, said, saying, send_to, spec, topics, unordered};
+use crate::services::{CRM_ORDERS, CRM_VIEWS, Runs, settings, soon};
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+use tidings::handler::{Delivered, State};
+use tidings_core::transport::{ABANDONED_BACKOFF, Lease, Notice, SubscriptionSpec};
+use tidings_core::{BusConfig, HandlerError, Service, header};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+cases!("settlement":
+    an_ack_is_final,
+    an_ack_is_final_through_a_cut [Cut],
+    a_first_delivery_is_not_marked,
+    what_is_released_comes_back_as_it_was_but_marked,
+    a_released_delivery_is_not_early_and_holds_no_other_up,
+    a_dropped_delivery_comes_back_marked_after_a_while,
+    acks_out_of_order_lose_nothing,
+    a_crash_before_the_ack_loses_nothing,
+    a_stale_settlement_settles_no_other [Cut],
+    a_lost_lease_shows [Cut],
+    a_settlement_after_the_close_settles_nothing,
+    closing_says_what_became_of_the_settlements,
+    every_duplicate_is_marked [Cut],
+    failed_runs_are_attempts,
+    a_handler_says_when_it_runs_again,
+    hand_outs_without_a_run_are_no_attempts,
+    an_event_that_ends_its_process_is_found_out [CountsLosses],
+    what_a_handler_returns_keeps_its_ids,
+);
+
+const ORDERS: &str = "suite.order.placed";
+const VIEWS: &str = "suite.page.viewed";
+const DELAY: Duration = Duration::from_millis(700);
+const INVOICES: &str = "suite.invoice.created";
+
+/// Also for the next instance, on a connection of its own.
+async fn an_ack_is_final(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
+    assert_eq!(reader.texts(3).await, ["1", "2", "3"]);
+    publish(env.transport(), ORDERS, "ada", &["4"]).await;
+    reader.expect("4").await.acker.ack();
+    assert_eq!(reader.close().await.applied, 4);
+    publish(env.transport(), ORDERS, "ada", &["5"]).await;
+    let other = env.connect().await;
+    open(&other, spec(&env, "crm", &[ORDERS])).await.expect("5").await.acker.ack();
+}
+
+/// With a window of one, the next event comes when the broker was told of the ack before.
+async fn an_ack_is_final_through_a_cut(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let window = SubscriptionSpec { max_in_flight: 1, ..spec(&env, "crm", &[ORDERS]) };
+    let mut reader = open(env.transport(), window).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2"]).await;
+    reader.expect("1").await.acker.ack();
+    let held = reader.expect("2").await;
+    env.cut().await;
+    assert!(reader.expect("2").await.redelivered, "it was handed out before");
+    drop(held);
+    publish(env.transport(), ORDERS, "bob", &["3"]).await;
+    let other = reader.close().await;
+    assert_eq!(other.unknown, 0);
+    open(env.transport(), spec(&env, "crm", &[ORDERS])).await.ack_all(&["2", "3"]).await;
+}
+
+async fn a_first_delivery_is_not_marked(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
+    send_to(env.transport(), "crm", saying(ORDERS, "bob", "4"), None).await;
+    for delivery in reader.take(4).await {
+        assert!(!delivery.redelivered && !delivery.replayed, "{delivery:?}");
+        assert!(delivery.hand_outs.is_none_or(|hand_outs| hand_outs == 1), "{delivery:?}");
+        assert!(delivery.lost.is_none_or(|lost| lost == 0), "{delivery:?}");
+        delivery.acker.ack();
+    }
+}
+
+async fn what_is_released_comes_back_as_it_was_but_marked(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1"]).await;
+    let first = reader.next().await;
+    let (message, place) = (first.message.clone(), (first.slot, first.position));
+    first.acker.release(Duration::ZERO);
+    for hand_outs in [2, 3] {
+        let again = reader.next().await;
+        assert_eq!((&again.message, (again.slot, again.position)), (&message, place));
+        assert!(again.redelivered, "{again:?}");
+        assert!(again.hand_outs.is_none_or(|times| times == hand_outs), "{again:?}");
+        assert!(again.lost.is_none_or(|lost| lost == 0), "what is given back is not lost: {again:?}");
+        again.acker.release(Duration::from_millis(10));
+    }
+    reader.expect("1").await.acker.ack();
+}
+
+async fn a_released_delivery_is_not_early_and_holds_no_other_up(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    for spec in [spec(&env, "ordered", &[ORDERS]), unordered(&env, "unordered", &[ORDERS])] {
+        let mut reader = open(env.transport(), spec).await;
+        publish(env.transport(), ORDERS, "ada", &["late"]).await;
+        let late = reader.expect("late").await;
+        let (released, delay) = (Instant::now(), Duration::from_secs(1));
+        late.acker.release(delay);
+        publish(env.transport(), ORDERS, "bob", &["1", "2", "3"]).await;
+        for text in ["1", "2", "3"] {
+            reader.expect(text).await.acker.ack();
+        }
+        reader.expect("late").await.acker.ack();
+        assert!(released.elapsed() >= delay, "it came after {:?}", released.elapsed());
+        reader.close().await;
+    }
+}
+
+async fn a_dropped_delivery_comes_back_marked_after_a_while(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1"]).await;
+    drop(reader.expect("1").await);
+    let dropped = Instant::now();
+    let again = reader.expect("1").await;
+    assert!(again.redelivered && dropped.elapsed() >= ABANDONED_BACKOFF, "after {:?}", dropped.elapsed());
+    assert!(again.lost.is_none_or(|lost| lost == 1), "{again:?}");
+    again.acker.ack();
+}
+
+/// No later ack stands for an earlier event.
+async fn acks_out_of_order_lose_nothing(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let one = env.connect().await;
+    let mut reader = open(&one, spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]).await;
+    let (acked, held) = reader.take(10).await.into_iter().rev().partition::<Vec<_>, _>(|d| d.position % 2 == 0);
+    let open_texts: Vec<_> = held.iter().map(|delivery| said(delivery).to_owned()).collect();
+    acked.into_iter().for_each(|delivery| delivery.acker.ack());
+    reader.crash(held);
+    drop(one);
+    publish(env.transport(), ORDERS, "ada", &["later"]).await;
+    let mut missing: HashSet<_> = open_texts.into_iter().chain(["later".to_owned()]).collect();
+    let mut heir = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    while !missing.is_empty() {
+        let delivery = heir.next().await;
+        missing.remove(said(&delivery));
+        assert!(delivery.redelivered || said(&delivery) == "later", "it was handed out before: {delivery:?}");
+        delivery.acker.ack();
+    }
+}
+
+async fn a_crash_before_the_ack_loses_nothing(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    publish(env.transport(), ORDERS, "ada", &["nobody reads this"]).await;
+    for lost in 0..2 {
+        let one = env.connect().await;
+        let mut reader = open(&one, spec(&env, "crm", &[ORDERS])).await;
+        if lost == 0 {
+            publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
+        }
+        let held = reader.take(3).await;
+        assert!(held.iter().all(|d| d.redelivered == (lost > 0) && d.lost.is_none_or(|l| l == lost)), "{held:?}");
+        reader.crash(held);
+    }
+    let mut heir = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["later"]).await;
+    heir.ack_all(&["1", "2", "3", "later"]).await;
+}
+
+/// Tags begin anew on a new connection: the old ones are of no use there.
+async fn a_stale_settlement_settles_no_other(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
+    let old = reader.take(3).await;
+    env.cut().await;
+    let new = reader.take(3).await;
+    assert!(new.iter().all(|delivery| delivery.redelivered && delivery.acker.lease() == Lease::Live), "{new:?}");
+    assert!(old.iter().all(|delivery| delivery.acker.lease() == Lease::Lost));
+    for (n, delivery) in old.into_iter().enumerate() {
+        if n == 0 { delivery.acker.release(Duration::ZERO) } else { delivery.acker.ack() }
+    }
+    // None of the new ones was settled.
+    reader.crash(new);
+    let mut heir = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    heir.ack_all(&["1", "2", "3"]).await;
+}
+
+async fn a_lost_lease_shows(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
+    let held = reader.take(3).await;
+    assert!(held.iter().all(|delivery| delivery.acker.lease() == Lease::Live));
+    env.cut().await;
+    reader.notice("leases are lost", |notice| matches!(notice, Notice::Leases).then_some(())).await;
+    assert!(held.iter().all(|delivery| delivery.acker.lease() == Lease::Lost));
+    held.into_iter().for_each(|delivery| delivery.acker.ack());
+    assert_eq!(reader.close().await.stale, 3, "their acks were too late");
+    open(env.transport(), spec(&env, "crm", &[ORDERS])).await.ack_all(&["1", "2", "3"]).await;
+}
+
+async fn a_settlement_after_the_close_settles_nothing(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2"]).await;
+    let held = reader.take(2).await;
+    reader.close().await;
+    assert!(held.iter().all(|delivery| delivery.acker.lease() == Lease::Lost), "it was given back");
+    held.into_iter().for_each(|delivery| delivery.acker.ack());
+    let mut heir = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    heir.ack_all(&["1", "2"]).await;
+}
+
+async fn closing_says_what_became_of_the_settlements(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2", "3", "4", "5"]).await;
+    let mut held = reader.take(5).await;
+    held.remove(0).acker.ack();
+    held.remove(0).acker.ack();
+    held.remove(2).acker.release(Duration::ZERO);
+    let flushed = reader.close().await;
+    assert_eq!((flushed.applied, flushed.stale, flushed.unknown), (3, 0, 0), "two acks and a release");
+    drop(held);
+    publish(env.transport(), ORDERS, "ada", &["later"]).await;
+    let mut heir = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    assert_eq!(heir.texts(4).await, ["3", "4", "5", "later"]);
+}
+
+/// Acked, released, dropped and cut off in turns: what comes again says so.
+async fn every_duplicate_is_marked(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    for key in 0..10 {
+        let texts: Vec<_> = (0..20).map(|n| format!("{key}-{n}")).collect();
+        let texts: Vec<_> = texts.iter().map(String::as_str).collect();
+        publish(env.transport(), ORDERS, &key.to_string(), &texts).await;
+    }
+    let (mut seen, mut acked) = (HashSet::new(), HashSet::new());
+    for turn in 0.. {
+        let delivery = reader.next().await;
+        let text = said(&delivery).to_owned();
+        assert!(seen.insert(text.clone()) || delivery.redelivered, "`{text}` came again and did not say so");
+        if matches!(turn, 50 | 100 | 150) {
+            env.cut().await;
+        }
+        match turn % 11 {
+            1 => drop(delivery),
+            4 => delivery.acker.release(Duration::ZERO),
+            7 => delivery.acker.release(Duration::from_millis(20)),
+            _ => {
+                delivery.acker.ack();
+                acked.insert(text);
+            }
+        }
+        if acked.len() == 200 {
+            break;
+        }
+    }
+}
+
+/// An error, a panic and a run that takes too long count; in the lane and aside.
+async fn failed_runs_are_attempts(env: Env) {
+    for (name, policy) in [("a", soon(4).in_order()), ("b", soon(4).aside())] {
+        let (bus, runs) = (env.bus(), Runs::default());
+        let config = settings(&env).retry(policy).timeout(Duration::from_millis(500));
+        let handler = async |order: Order, told: Delivered, State(runs): State<Runs>| -> Result<(), HandlerError> {
+            runs.push((order.number, told.attempt, told.possible_duplicate));
+            match told.attempt {
+                1 => Err("not yet".into()),
+                2 => panic!("a panic on purpose"),
+                3 => std::future::pending().await,
+                _ => Ok(()),
+            }
+        };
+        let running = start(Service::new(name).state(runs.clone()).on_with(config, handler), &bus).await;
+        bus.publish(&order("ada", 7)).await.unwrap();
+        assert_eq!(runs.count(4).await, [(7, 1, false), (7, 2, false), (7, 3, false), (7, 4, false)]);
+        eventually("it is handled", || async { total(&running, |stats| stats.handled) == 1 }).await;
+        drain(running).await;
+    }
+}
+
+async fn a_handler_says_when_it_runs_again(env: Env) {
+    for (name, policy) in [("a", soon(2).in_order()), ("b", soon(2).aside())] {
+        let (bus, seen) = (env.bus(), Seen::<Instant>::default());
+        let handler = async |_: Order, told: Delivered, State(seen): State<Seen<Instant>>| {
+            seen.push(Instant::now());
+            if told.attempt == 1 { Err(HandlerError::retry_after(DELAY, "later")) } else { Ok(()) }
+        };
+        let config = settings(&env).retry(policy);
+        let running = start(Service::new(name).state(seen.clone()).on_with(config, handler), &bus).await;
+        bus.publish(&order("ada", 1)).await.unwrap();
+        let seen = seen.count(2).await;
+        assert!(seen[1] - seen[0] >= DELAY, "{name}: after {:?}", seen[1] - seen[0]);
+        drain(running).await;
+    }
+}
+
+/// Two instances die that had them, and had begun with none.
+async fn hand_outs_without_a_run_are_no_attempts(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    drop(open(env.transport(), spec(&env, CRM_ORDERS, &[ORDERS])).await);
+    for number in 0..10 {
+        env.bus().publish(&order("ada", number)).await.unwrap();
+    }
+    for _ in 0..2 {
+        let one = env.connect().await;
+        let mut reader = open(&one, spec(&env, CRM_ORDERS, &[ORDERS])).await;
+        let held = reader.take(10).await;
+        reader.crash(held);
+    }
+    let (bus, runs) = (env.bus(), Runs::default());
+    let handler = async |order: Order, told: Delivered, State(runs): State<Runs>| {
+        runs.push((order.number, told.attempt, told.possible_duplicate));
+    };
+    let running = start(Service::new("crm").state(runs.clone()).on_with(settings(&env), handler), &bus).await;
+    let mut runs = runs.count(10).await;
+    runs.sort_unstable();
+    assert_eq!(runs, (0..10).map(|number| (number, 1, true)).collect::<Vec<_>>());
+    drain(running).await;
+}
+
+/// Ends its instance at each run; its neighbours lose no attempt by that.
+async fn an_event_that_ends_its_process_is_found_out(env: Env) {
+    let (crash, mut crashed) = mpsc::unbounded_channel::<()>();
+    let seen = Seen::<(u64, u32)>::default();
+    let instance = async || {
+        let handler = async |view: Viewed,
+                             told: Delivered,
+                             crash: State<mpsc::UnboundedSender<()>>,
+                             seen: State<Seen<(u64, u32)>>| {
+            if view.page == 5 {
+                crash.0.send(()).unwrap();
+                std::future::pending::<()>().await;
+            }
+            seen.0.push((view.page, told.attempt));
+        };
+        let config = settings(&env).max_deliveries(1);
+        let service = Service::new("crm").state(crash.clone()).state(seen.clone()).on_with(config, handler);
+        start(service, &env.another_bus().await).await
+    };
+    let mut running = instance().await;
+    env.bus().publish_all(&(0..10).map(|page| Viewed { page }).collect::<Vec<_>>()).await.unwrap();
+    let mut crashes = 0;
+    let letters = loop {
+        tokio::select! {
+            letters = dead_letters(env.transport(), CRM_VIEWS, 1) => break letters,
+            _ = crashed.recv() => {
+                crashes += 1;
+                drop(running);
+                running = instance().await;
+            }
+        }
+    };
+    assert_eq!(crashes, 3 + 1 + 1, "three are forgiven, then it runs alone, and once more");
+    assert_eq!(letters[0].message.headers.get_str(header::REASON), Some("suspect"));
+    let handled: BTreeMap<_, _> = seen.count(9).await.into_iter().collect();
+    assert_eq!(handled, (0..10).filter(|page| *page != 5).map(|page| (page, 1)).collect(), "in their first attempts");
+    drain(running).await;
+}
+
+/// However often it runs; and two equal ones of one run are two.
+async fn what_a_handler_returns_keeps_its_ids(env: Env) {
+    topics(env.transport(), &[VIEWS, INVOICES]).await;
+    let mut reader = open(env.transport(), spec(&env, "reader", &[INVOICES])).await;
+    let (bus, runs) = (env.bus_with(env.connect().await, BusConfig::default()), Runs::default());
+    let handler = async |view: Viewed, told: Delivered, State(runs): State<Runs>| {
+        runs.push((view.page, told.attempt, told.possible_duplicate));
+        let invoice = || Invoice { customer: "ada".into(), number: view.page };
+        (invoice(), invoice())
+    };
+    let running = start(Service::new("crm").state(runs.clone()).on_with(settings(&env), handler), &bus).await;
+    let mut cause = saying(VIEWS, "", r#"{"page":1}"#);
+    (cause.event_type, cause.content_type) = ("suite.page.viewed".into(), "application/json".into());
+    for time in ["1970-01-01T00:00:01Z", "1970-01-01T00:00:02Z"] {
+        let mut again = cause.clone();
+        again.headers.append_unchecked(header::REDRIVEN, time);
+        send_to(env.transport(), CRM_VIEWS, again, None).await;
+    }
+    assert_eq!(runs.count(2).await, [(1, 1, true), (1, 1, true)]);
+    eventually("all is published", || async { total(&running, |stats| stats.published) == 4 }).await;
+    publish(env.transport(), INVOICES, "ada", &["the end"]).await;
+    let mut ids = HashSet::new();
+    loop {
+        let delivery = reader.next().await;
+        if said(&delivery) == "the end" {
+            break;
+        }
+        assert_eq!(delivery.message.causation_id.as_ref(), Some(&cause.id));
+        ids.insert(delivery.message.id);
+        delivery.acker.ack();
+    }
+    assert_eq!(ids.len(), 2, "{ids:?}");
+    drain(running).await;
+}
