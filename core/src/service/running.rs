@@ -251,6 +251,9 @@ impl fmt::Debug for Running {
     }
 }
 
+/// Tasks share what tells of a service.
+const _: fn(&Running) -> &(dyn Send + Sync) = |running| running;
+
 /// Waits for SIGINT or, on Unix, SIGTERM.
 pub(super) async fn signal() {
     #[cfg(unix)]

@@ -56,6 +56,11 @@ pub trait Broker: Send + Sync {
         Ok(())
     }
 
+    /// Removes what the retention of a topic no longer covers, where the broker would take longer by itself.
+    async fn expire(&self, _topic: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// Removes everything in the namespace.
     async fn clean_up(&self) -> Result<()>;
 }

@@ -19,6 +19,7 @@ pub(crate) struct Env {
     broker: Arc<dyn Broker>,
     first: Arc<dyn Transport>,
     clock: Clock,
+    paused: bool,
 }
 
 impl Env {
@@ -26,7 +27,7 @@ impl Env {
         let broker = factory.open(&namespace()).await?;
         let first = broker.connect().await?;
         let clock = if paused { Clock::of_tokio() } else { Clock::SYSTEM };
-        Ok(Self { factory, broker, first, clock })
+        Ok(Self { factory, broker, first, clock, paused })
     }
 
     pub(crate) fn factory(&self) -> &dyn Factory {
@@ -69,6 +70,16 @@ impl Env {
     /// The time of day as the buses see it.
     pub(crate) fn now(&self) -> SystemTime {
         self.clock.now()
+    }
+
+    /// Whether time passes at once whenever all wait for it; then nothing may leave this runtime.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Has what the retention of a topic no longer covers removed.
+    pub(crate) async fn expire(&self, topic: &str) {
+        self.broker.expire(topic).await.expect("what is too old goes");
     }
 
     /// Cuts all connections of this case.

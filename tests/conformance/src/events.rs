@@ -3,6 +3,9 @@
 use serde::{Deserialize, Serialize};
 use tidings::Event;
 
+/// The topic of an [`Order`].
+pub(crate) const ORDERS: &str = "suite.order.placed";
+
 /// An order, keyed by its customer.
 #[derive(Clone, Debug, PartialEq, Eq, Event, Serialize, Deserialize)]
 #[event(name = "suite.order.placed", key = customer)]
@@ -36,4 +39,19 @@ pub(crate) fn order(customer: impl Into<String>, number: u64) -> Order {
 /// `count` orders of one customer, numbered from 0.
 pub(crate) fn orders(customer: &str, count: u64) -> Vec<Order> {
     (0..count).map(|number| order(customer, number)).collect()
+}
+
+/// The orders of these numbers of each of `keys` customers, round by round.
+pub(crate) fn rounds(keys: u64, numbers: std::ops::Range<u64>) -> Vec<Order> {
+    numbers.flat_map(|number| (0..keys).map(move |key| order(format!("k{key}"), number))).collect()
+}
+
+/// Publishes orders one after the other, each when the one before is confirmed, while the case goes on.
+pub(crate) fn publishing(bus: &tidings_core::Bus, orders: Vec<Order>) -> tokio::task::JoinHandle<()> {
+    let bus = bus.clone();
+    tokio::spawn(async move {
+        for order in orders {
+            bus.publish(&order).await.expect("it is confirmed, if need be after repeats");
+        }
+    })
 }

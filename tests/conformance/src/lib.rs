@@ -5,6 +5,8 @@ mod broker;
 mod cases;
 mod env;
 mod events;
+mod history;
+mod instance;
 mod reader;
 mod services;
 mod suite;

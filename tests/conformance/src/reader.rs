@@ -215,6 +215,20 @@ impl Reader {
         }
         within("closing", subscription.close(Instant::now() + Duration::from_secs(30))).await
     }
+
+    /// Why it has ended for good; `None` if it only stopped.
+    pub(crate) async fn failure(&mut self) -> Option<tidings_core::Error> {
+        within("it ends", async {
+            loop {
+                match self.poll(1).await {
+                    Err(error) => return Some(error),
+                    Ok(false) => return None,
+                    Ok(true) => {}
+                }
+            }
+        })
+        .await
+    }
 }
 
 impl Reader {

@@ -1,6 +1,9 @@
 //! The cases, in groups. Each has the name of a promise.
 
 mod data;
+mod groups;
+mod lifecycle;
+mod order;
 mod publish;
 mod settlement;
 
@@ -30,6 +33,8 @@ pub(crate) enum Need {
     Beginning,
     /// Reading again.
     Replay,
+    /// Not being able to read again.
+    NoReplay,
     /// Counting what is lost with its instance.
     CountsLosses,
     /// Cutting the connection.
@@ -52,6 +57,7 @@ impl Need {
             Self::Beginning => (can.start_beginning, "start_beginning"),
             Self::Replay => (can.replay, "replay"),
             Self::CountsLosses => (can.counts_losses, "counts_losses"),
+            Self::NoReplay => return can.replay.then(|| "its capabilities say `replay: true`".into()),
             Self::Cut => return env.factory().cannot_cut().map(Into::into),
             Self::Restart => return env.factory().cannot_restart().map(Into::into),
             Self::Alone => return None,
@@ -74,7 +80,8 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [publish::CASES, data::CASES, settlement::CASES].into_iter().flatten()
+    let groups = [publish::CASES, data::CASES, settlement::CASES, order::CASES, groups::CASES, lifecycle::CASES];
+    groups.into_iter().flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.
