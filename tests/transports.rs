@@ -4,8 +4,8 @@
 
 use std::process::ExitCode;
 use tidings_conformance::Suite;
-use tidings_tests::factories::Memory;
+use tidings_tests::factories::{Memory, RabbitMq};
 
 fn main() -> ExitCode {
-    Suite::new().with(Memory).main()
+    Suite::new().with(Memory).with_requested(RabbitMq).main()
 }

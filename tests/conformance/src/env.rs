@@ -191,7 +191,7 @@ impl Env {
     pub(crate) async fn elsewhere(&self) -> Self {
         let broker = self.factory.open(&namespace()).await.expect("another namespace");
         let first = broker.connect().await.expect("a connection");
-        Self { factory: Arc::clone(&self.factory), broker, first, clock: self.clock }
+        Self { factory: Arc::clone(&self.factory), broker, first, clock: self.clock, paused: self.paused }
     }
 }
 
