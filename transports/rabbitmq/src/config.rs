@@ -79,8 +79,8 @@ pub struct RabbitMqConfig {
     pub publish_window: usize,
     /// The largest message that the server takes (its `max_message_size`), in bytes. Default: 16 MiB.
     pub max_message_size: usize,
-    /// How long the server lets a delivery stay unsettled (its `consumer_timeout`), in milliseconds; new queues are
-    /// created with it. Default: 1,800,000, half an hour.
+    /// How long the server lets a delivery stay unsettled, in milliseconds: queues are created with it as their
+    /// `x-consumer-timeout`, in place of the server's own half an hour. Default: 86,400,000, a day.
     pub consumer_timeout_ms: u64,
     /// Topics to which publishing fails while nobody has subscribed. Default: none.
     pub required: Vec<String>,
@@ -107,7 +107,7 @@ impl Default for RabbitMqConfig {
             publish_channels: 4,
             publish_window: 512,
             max_message_size: 16 * MIB,
-            consumer_timeout_ms: 1_800_000,
+            consumer_timeout_ms: 86_400_000,
             required: Vec::new(),
         }
     }

@@ -343,7 +343,7 @@ impl Owner {
             if blocked {
                 self.sweep(Instant::now());
             }
-            while !blocked && self.flying.len() < self.window {
+            while !blocked && channel.status().connected() && self.flying.len() < self.window {
                 let Some(post) = self.waiting.pop_front() else { break };
                 self.send(channel, post);
             }
@@ -387,7 +387,7 @@ impl Owner {
             let error = late("a place on the channel", self.timeout);
             return post.receipt.fail(Fate::NotPersisted, error.with_operation("publish"));
         }
-        let channel = channel.clone();
+        let (channel_of, channel) = (channel, channel.clone());
         let mut flight: Flight = Box::pin(async move {
             let options = BasicPublishOptions { mandatory: true, immediate: false };
             let (exchange, key) = (post.exchange.clone(), post.key.clone());
@@ -399,7 +399,8 @@ impl Owner {
             (post, confirmed)
         });
         match flight.as_mut().now_or_never() {
-            // It never left.
+            // It never left, and can leave on the next channel.
+            Some((post, Err(_))) if !channel_of.status().connected() => self.waiting.push_front(post),
             Some((post, Err(failure))) => {
                 post.receipt.fail(Fate::NotPersisted, failed(failure).with_transient(true).with_operation("publish"));
             }

@@ -331,6 +331,7 @@ impl Reader {
             return Err(error(ErrorKind::Connection, "the server has cancelled the consumer of the greetings"));
         };
         let greeting = greeting.map_err(failed)?;
+        session.acks.passed(greeting.delivery_tag);
         let Ok(greeting) = serde_json::from_slice::<Greeting>(&greeting.data) else { return Ok(()) };
         let changed = session.members.as_mut().map(|members| members.heard(greeting, Instant::now()));
         if changed.is_some_and(|changed| changed.greet) {

@@ -2,10 +2,10 @@
 
 use crate::window::{Told, Window};
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
-use tidings_core::transport::{Lease, PrefixTracker, Settle, Settlement, Tag};
+use tidings_core::transport::{Lease, Settle, Settlement, Tag};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -50,9 +50,17 @@ pub(crate) enum Frame {
 
 /// Which frames settle what is to be settled on one channel: the contiguous prefix is one multiple ack, what is beyond a
 /// gap is acked by itself if the gap does not close soon.
+///
+/// Several consumers share a channel and its tags, and what they bring does not come in the order of these: a multiple ack
+/// covers no tag that was not seen.
 #[derive(Debug, Default)]
 pub(crate) struct Acks {
-    tracker: PrefixTracker,
+    /// All tags up to this one have come.
+    all_came: u64,
+    /// Those beyond it that have.
+    beyond: BTreeSet<u64>,
+    /// Came and not settled.
+    unsettled: BTreeSet<u64>,
     /// Acked and not written, with when that was.
     open: BTreeMap<u64, Instant>,
     /// How many were written, of those that came.
@@ -64,12 +72,27 @@ impl Acks {
     /// A delivery has come.
     pub(crate) fn came(&mut self, tag: u64) {
         self.came += 1;
-        self.tracker.hand_out(tag);
+        self.unsettled.insert(tag);
+        self.passed(tag);
+    }
+
+    /// A delivery has come that needs no settlement.
+    pub(crate) fn passed(&mut self, tag: u64) {
+        self.beyond.insert(tag);
+        while self.beyond.first() == Some(&(self.all_came + 1)) {
+            self.beyond.pop_first();
+            self.all_came += 1;
+        }
+    }
+
+    /// The last tag up to which everything has come and is settled.
+    fn prefix(&self) -> u64 {
+        self.unsettled.first().map_or(self.all_came, |first| self.all_came.min(first.saturating_sub(1)))
     }
 
     /// The frames to write now; all that is open if `flush`.
     pub(crate) fn frames(&mut self, told: impl IntoIterator<Item = Told>, now: Instant, flush: bool) -> Vec<Frame> {
-        let (mut frames, mut prefix) = (Vec::new(), None);
+        let mut frames = Vec::new();
         for told in told {
             let tag = match told {
                 Told::Ack(tag) => {
@@ -85,16 +108,14 @@ impl Acks {
                     tag
                 }
             };
-            prefix = self.tracker.settle(tag).or(prefix);
+            self.unsettled.remove(&tag);
         }
         self.written += frames.len() as u64;
-        if let Some(prefix) = prefix {
-            let beyond = self.open.split_off(&(prefix + 1));
-            let within = std::mem::replace(&mut self.open, beyond);
-            // The last that is open, because a multiple ack must name one that is.
-            frames.extend(within.keys().next_back().map(|tag| Frame::Ack { tag: *tag, multiple: within.len() > 1 }));
-            self.written += within.len() as u64;
-        }
+        let beyond = self.open.split_off(&(self.prefix() + 1));
+        let within = std::mem::replace(&mut self.open, beyond);
+        // The last that is open, because a multiple ack must name one that is.
+        frames.extend(within.keys().next_back().map(|tag| Frame::Ack { tag: *tag, multiple: within.len() > 1 }));
+        self.written += within.len() as u64;
         let due = |at: &Instant| flush || *at + LINGER <= now;
         let singles: Vec<_> = self.open.iter().filter(|(_, at)| due(at)).map(|(tag, _)| *tag).collect();
         for tag in singles {
@@ -155,19 +176,28 @@ mod tests {
         assert_eq!(acks.frames([Told::Reject(4)], now, true), [Frame::Reject(4)]);
     }
 
-    /// Against a broker that knows what is open, in random order.
+    /// Against a broker that knows what is open; what it sends comes in an order of its own.
     #[tokio::test(start_paused = true)]
     async fn settles_each_exactly_once_and_nothing_else() {
         for seed in 0..300 {
             let (mut random, mut acks) = (fastrand::Rng::with_seed(seed), Acks::default());
             let (mut open, mut out, mut settled) = (Vec::new(), Vec::new(), 0);
-            let mut next = 0;
+            let (mut next, mut sent) = (0, Vec::new());
             for _ in 0..300 {
                 if random.bool() {
                     next += 1;
-                    acks.came(next);
-                    open.push(next);
-                    out.push(next);
+                    sent.push(next);
+                    // A greeting, for example, is never open.
+                    open.extend((next % 7 > 0).then_some(next));
+                }
+                if random.bool() && !sent.is_empty() {
+                    let tag = sent.swap_remove(random.usize(..sent.len()));
+                    if tag % 7 > 0 {
+                        acks.came(tag);
+                        out.push(tag);
+                    } else {
+                        acks.passed(tag);
+                    }
                 }
                 let told: Vec<_> = (0..random.usize(0..4))
                     .filter(|_| !out.is_empty())
@@ -183,7 +213,7 @@ mod tests {
                     })
                     .collect();
                 tokio::time::advance(Duration::from_millis(random.u64(..4))).await;
-                let kept = out.clone();
+                let kept: Vec<_> = out.iter().chain(sent.iter().filter(|tag| *tag % 7 > 0)).copied().collect();
                 for frame in acks.frames(told, Instant::now(), random.u8(..16) == 0) {
                     match frame {
                         Frame::Ack { tag, multiple: true } => {
