@@ -339,6 +339,9 @@ impl Owner {
     async fn publish(&mut self, channel: &Channel) -> bool {
         let mut taken = Vec::with_capacity(self.window);
         loop {
+            if !channel.status().connected() {
+                return self.drain_failed().await;
+            }
             let blocked = self.link.is_blocked();
             if blocked {
                 self.sweep(Instant::now());
@@ -364,9 +367,6 @@ impl Owner {
                 () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => None,
             };
             self.land(landed);
-            if !channel.status().connected() {
-                return self.drain_failed().await;
-            }
         }
     }
 
