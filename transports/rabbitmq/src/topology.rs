@@ -19,6 +19,11 @@ use tokio::sync::Mutex;
 const DELIVERY_LIMIT: i64 = 100_000;
 /// How long the stream of a retained topic keeps what it has, unless the topic says.
 const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+/// A server that is killed right after it has created a quorum queue may not know the queue any more: it writes the names of
+/// its queues half a second after the last change (`auto_save` in Ra's `ra_directory.erl`; tried on 4.0.5).
+const REMEMBERED: Duration = Duration::from_millis(750);
+/// How many levels of the delay chain are created at first: delays of up to a minute.
+const FIRST_LEVELS: usize = 11;
 /// A stream forgets by whole segments.
 const SEGMENT_BYTES: i64 = 16 * 1024 * 1024;
 /// The exchange type that spreads by key, of a plug-in that comes with the server.
@@ -143,11 +148,14 @@ impl Topology {
                 self.create_topic(register, spec).await?;
             }
             topology.subscriptions.iter().try_for_each(|spec| registered_subscription(register, spec).map(drop))?;
+            let before = register.subscriptions.len();
             for spec in &topology.subscriptions {
                 self.create_subscription(register, spec).await?;
             }
-            Ok(())
+            Ok(register.subscriptions.len() > before)
         })
+        .await
+        .map(remembered)?
         .await
     }
 
@@ -157,7 +165,14 @@ impl Topology {
         if self.config.provision == Provision::Off {
             return Ok(vec![self.names.queue(&spec.name)?]);
         }
-        self.registered(async |register| self.create_subscription(register, spec).await).await
+        let created = self.registered(async |register| {
+            let before = register.subscriptions.len();
+            let queues = self.create_subscription(register, spec).await?;
+            Ok((queues, register.subscriptions.len() > before))
+        });
+        let (queues, new) = created.await?;
+        remembered(new).await?;
+        Ok(queues)
     }
 
     /// Creates the queues of a subscription again, which somebody has deleted.
@@ -329,11 +344,18 @@ impl Topology {
     /// Creates the first `count` levels of the delay chain, from its end: a queue in which messages wait, and an exchange
     /// that takes each to it, or past it.
     pub(crate) async fn levels(&self, count: usize) -> Result<()> {
+        let count = count.max(FIRST_LEVELS);
+        let there = async { present(&self.link.channel().await?, &self.names.delay(count - 1)?).await };
+        if self.link.within("the delay chain", there).await.is_ok() {
+            self.levels.fetch_max(count, SeqCst);
+            return Ok(());
+        }
         for level in self.levels.load(SeqCst)..count {
             let work = async { self.level(&self.link.channel().await?, level).await };
             self.link.within("the delay chain", work).await?;
-            self.levels.fetch_max(level + 1, SeqCst);
         }
+        remembered(true).await?;
+        self.levels.fetch_max(count, SeqCst);
         Ok(())
     }
 
@@ -394,6 +416,14 @@ impl Topology {
     pub(crate) async fn retained(&self, patterns: &[TopicPattern]) -> Result<Vec<Topic>> {
         self.registered(async |register| Ok(register.retained(patterns))).await
     }
+}
+
+/// Waits until the server remembers queues that are new, even if it is killed.
+async fn remembered(new: bool) -> Result<()> {
+    if new {
+        tokio::time::sleep(REMEMBERED).await;
+    }
+    Ok(())
 }
 
 /// Whether it is known, with what is asked for.
