@@ -121,6 +121,21 @@ impl Config {
         Self::default().with_url(url)
     }
 
+    /// For a test: the defaults, on the broker that the variable `TIDINGS_TEST_URL` names, or else on a memory broker of its
+    /// own; in a namespace that no other test has. Nothing removes what a test leaves in its namespace on a broker.
+    ///
+    /// # Errors
+    /// As [`from_url`](Self::from_url).
+    #[cfg(feature = "testing")]
+    pub fn for_test() -> Result<Self> {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let since = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let namespace = format!("test-{:x}-{:x}-{count}", since.as_millis(), std::process::id());
+        let url = std::env::var("TIDINGS_TEST_URL").unwrap_or_else(|_| format!("memory://{namespace}"));
+        Ok(Self::from_url(&url)?.with_namespace(namespace))
+    }
+
     /// The same, on the broker that `url` names.
     ///
     /// # Errors
@@ -314,6 +329,17 @@ mod tests {
         assert_eq!((config.bus.max_payload, config.namespace.as_deref()), (20, Some("a")));
         assert_eq!((config.transport.as_deref(), config.url.as_deref()), (Some("memory"), Some("memory://x")));
         std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[cfg(feature = "testing")]
+    #[tokio::test]
+    async fn each_test_has_a_namespace_of_its_own() {
+        let [one, other] = [Config::for_test().unwrap(), Config::for_test().unwrap()];
+        assert_ne!(one.namespace, other.namespace);
+        for config in [one, other] {
+            SubscriptionName::new(config.namespace.clone().unwrap()).unwrap();
+            crate::testing::Harness::on(config).start([]).await.stop().await;
+        }
     }
 
     #[test]

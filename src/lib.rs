@@ -16,6 +16,8 @@ pub use tidings_core::{
 pub use tidings_macros::Event;
 #[cfg(feature = "memory")]
 pub use tidings_memory as memory;
+#[cfg(feature = "testing")]
+pub use tidings_testing as testing;
 
 #[doc = include_str!("../docs/guide.md")]
 pub mod guide {}

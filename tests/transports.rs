@@ -4,8 +4,8 @@
 
 use std::process::ExitCode;
 use tidings_conformance::Suite;
-use tidings_tests::factories::{Memory, RabbitMq};
+use tidings_tests::factories::{Directory, Memory, RabbitMq};
 
 fn main() -> ExitCode {
-    Suite::new().with(Memory).with_requested(RabbitMq).main()
+    Suite::new().with(Memory).with(Directory).with_requested(RabbitMq).main()
 }

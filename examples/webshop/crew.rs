@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use tidings::prelude::*;
 use tidings::transport::DeadLetter;
-use tidings::{Result, Running, Stats, SubscriptionName};
+use tidings::{BoxError, Result, Running, Stats, SubscriptionName};
 
+use crate::events::OrderPlaced;
 use crate::journal::display;
-use crate::report::{ServiceRow, Trouble};
+use crate::report::{ServiceRow, Trouble, service_table};
 
 /// How long handlers may finish, and connections flush, at the end.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -21,12 +22,14 @@ pub(crate) struct Desk {
     running: Vec<Running>,
     /// What instances that were killed had done.
     killed: Vec<(String, Stats)>,
+    /// It runs in a process of its own.
+    is_elsewhere: bool,
 }
 
 impl Desk {
     async fn connect(config: &Config, name: &'static str) -> Result<Self> {
         let bus = Bus::connect(config.clone().with_source(format!("/{name}"))).await?;
-        Ok(Self { name, bus, running: Vec::new(), killed: Vec::new() })
+        Ok(Self { name, bus, running: Vec::new(), killed: Vec::new(), is_elsewhere: false })
     }
 
     pub(crate) async fn start(&mut self, service: Service) -> Result<()> {
@@ -59,7 +62,10 @@ impl Desk {
     async fn dead_letters(&self) -> Result<Vec<DeadLetter>> {
         const PAGE: usize = 1_000;
         let mut letters: Vec<DeadLetter> = Vec::new();
-        let topics: BTreeSet<_> = self.stats().map(|(topic, _)| topic.to_owned()).collect();
+        let mut topics: BTreeSet<_> = self.stats().map(|(topic, _)| topic.to_owned()).collect();
+        if self.is_elsewhere {
+            topics.insert(OrderPlaced::TOPIC.to_owned());
+        }
         for topic in topics {
             let name = SubscriptionName::new(format!("{}.{topic}", self.name))?;
             let here = self.bus.transport().dead_letters(&name).await?;
@@ -105,6 +111,28 @@ impl Crew {
         Ok(())
     }
 
+    /// Connects to the broker as a service that runs in another process; from now on the broker keeps events for it.
+    pub(crate) async fn expect_elsewhere(&mut self, name: &'static str, service: &Service) -> Result<()> {
+        self.prepare(name, service).await?;
+        self.desks.iter_mut().filter(|desk| desk.name == name).for_each(|desk| desk.is_elsewhere = true);
+        Ok(())
+    }
+
+    /// Whether some of them run in processes of their own.
+    pub(crate) fn is_spread(&self) -> bool {
+        self.desks.iter().any(|desk| desk.is_elsewhere)
+    }
+
+    /// Runs one service until it is told to stop (SIGINT, SIGTERM), then drains it.
+    pub(crate) async fn serve(mut self, name: &'static str, service: Service) -> Result<bool, BoxError> {
+        self.start(name, vec![service]).await?;
+        println!("{} is open", display(name));
+        stopped().await?;
+        println!("{}", service_table(&self.rows(0)));
+        self.go_home().await?;
+        Ok(true)
+    }
+
     /// Starts the instances of a service that was prepared.
     pub(crate) async fn start_prepared(&mut self, name: &str, services: Vec<Service>) -> Result<()> {
         if let Some(desk) = self.desks.iter_mut().find(|desk| desk.name == name) {
@@ -139,7 +167,7 @@ impl Crew {
             let retried = desk.sum(|stats| stats.retried);
             ServiceRow { service: display(desk.name), published, handled, retried, dead_lettered, waiting }
         };
-        self.desks.iter().map(row).collect()
+        self.desks.iter().filter(|desk| !desk.is_elsewhere).map(row).collect()
     }
 
     /// What went wrong, by service and event type, which here is the topic.
@@ -180,4 +208,18 @@ impl Crew {
         }
         Ok(())
     }
+}
+
+/// Waits for SIGINT or, on Unix, SIGTERM.
+async fn stopped() -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            interrupted = tokio::signal::ctrl_c() => interrupted,
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await
 }

@@ -4,9 +4,18 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use crate::orders::Source;
+
+/// What one process does, where the services are processes of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Role {
+    Shop,
+    Logistics,
+    Billing,
+    Crm,
+}
 
 /// A webshop on events: the shop publishes orders, Logistics answers with a shipping label, Billing with an invoice,
 /// CRM with a follow-up e-mail. At the end it proves that every order is accounted for, or exits with an error.
@@ -28,6 +37,10 @@ pub(crate) struct Flags {
     /// The broker and its options, from a file such as tidings.toml
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+
+    /// Be only this one, in a process of its own; the shop places orders and waits for the others' answers
+    #[arg(long, value_name = "ROLE", conflicts_with_all = ["billing_outage", "instances", "redrive", "replay"])]
+    pub(crate) role: Option<Role>,
 
     /// Billing starts this much later than the shop: 3s, 500ms, 2m
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration)]
@@ -160,6 +173,8 @@ mod tests {
             ("--rate 0", ["--rate", "zero"]),
             ("--count 0", ["--count", "zero"]),
             ("--url memory://a --config b", ["--url", "--config"]),
+            ("--role clerk", ["--role", "shop, logistics, billing, crm"]),
+            ("--role shop --replay", ["--role", "--replay"]),
         ] {
             let error = parse(flags).expect_err("bad flags");
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");

@@ -2,7 +2,7 @@
 //!
 //! `events.rs` says what the services tell each other; `logistics.rs`, `billing.rs`, `crm.rs` and `analytics.rs` are the
 //! services, `shop.rs` publishes the orders and follows them. The rest is scenery: reading orders, drawing invoices and
-//! labels, and watching that nothing is lost.
+//! labels, and watching that nothing is lost. `tests.rs` tests the services: `cargo test --example webshop`.
 
 mod analytics;
 mod billing;
@@ -19,6 +19,8 @@ mod orders;
 mod pdf;
 mod report;
 mod shop;
+#[cfg(test)]
+mod tests;
 mod text;
 mod trouble;
 mod watch;
@@ -32,7 +34,7 @@ use tidings::prelude::*;
 use crate::analytics::Totals;
 use crate::billing::Archive;
 use crate::crew::Crew;
-use crate::flags::Flags;
+use crate::flags::{Flags, Role};
 use crate::journal::Journal;
 use crate::ledger::Ledger;
 use crate::logistics::Carrier;
@@ -71,10 +73,23 @@ async fn webshop(flags: Flags) -> Result<bool, BoxError> {
     let crm = || trouble("crm", crm::service(&journal));
 
     let mut crew = Crew::new(broker(&flags)?);
+    match flags.role {
+        None | Some(Role::Shop) => {}
+        Some(Role::Logistics) => return crew.serve("logistics", logistics()).await,
+        Some(Role::Billing) => return crew.serve("billing", billing()).await,
+        Some(Role::Crm) => return crew.serve("crm", crm()).await,
+    }
     let shop = crew.start("shop", vec![shop::service(&ledger, &journal)]).await?;
-    crew.start("logistics", instances(&logistics)).await?;
-    crew.prepare("billing", &billing()).await?; // it starts after its outage: orders wait in the broker
-    crew.start("crm", instances(&crm)).await?;
+    if flags.role.is_some() {
+        // As at deployment: whoever comes later, orders wait for them from now on.
+        crew.expect_elsewhere("logistics", &logistics()).await?;
+        crew.expect_elsewhere("billing", &billing()).await?;
+        crew.expect_elsewhere("crm", &crm()).await?;
+    } else {
+        crew.start("logistics", instances(&logistics)).await?;
+        crew.prepare("billing", &billing()).await?; // it starts after its outage: orders wait in the broker
+        crew.start("crm", instances(&crm)).await?;
+    }
     if flags.with_analytics {
         crew.start("analytics", vec![analytics::service(&totals, &journal)]).await?;
     }
@@ -87,7 +102,7 @@ async fn webshop(flags: Flags) -> Result<bool, BoxError> {
         expected: flags.count.map(|count| count.get() as u64),
         poison: flags.poison as u64,
         outage: flags.billing_outage,
-        billing: instances(&billing),
+        billing: if flags.role.is_none() { instances(&billing) } else { Vec::new() },
         kills: flags.instances.get() > 1,
         redrives: flags.redrive,
         replay: flags.replay.then(|| (analytics::service(&seen_anew, &Journal::default()), seen_anew.clone())),
@@ -103,6 +118,11 @@ async fn webshop(flags: Flags) -> Result<bool, BoxError> {
 
 /// Which broker: the only place that knows, and it only reads it.
 fn broker(flags: &Flags) -> tidings::Result<Config> {
+    let is_memory = flags.config.is_none() && flags.url.as_deref().is_none_or(|url| url.starts_with("memory:"));
+    if is_memory && flags.role.is_some() {
+        let why = "--role needs a broker that processes share, such as --url nats://127.0.0.1:4222";
+        return Err(tidings::Error::new(ErrorKind::Config, why));
+    }
     match (&flags.config, &flags.url) {
         (Some(file), _) => Config::from_file(file),
         (None, url) => Config::from_url(url.as_deref().unwrap_or("memory://webshop")),

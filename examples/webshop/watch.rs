@@ -127,7 +127,8 @@ impl Watch {
     /// Where the run stands; new dead letters are read and entered in the ledger.
     async fn look_around(&mut self) -> tidings::Result<Standing> {
         let standing = self.standing();
-        if standing.dead_lettered > self.letters.len() as u64 {
+        // What other processes dead-letter is seen at the broker only.
+        if standing.dead_lettered > self.letters.len() as u64 || self.crew.is_spread() {
             self.read_dead_letters().await?;
         }
         Ok(standing)

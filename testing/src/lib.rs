@@ -1,3 +1,13 @@
-//! A harness to test services on Tidings, and to put faults between core and a transport.
+#![doc = include_str!("../README.md")]
 
+mod assertions;
+mod faults;
+mod harness;
+mod timeline;
+mod tracker;
+mod watch;
 pub mod wrap;
+
+pub use assertions::{Found, Letter, Retry};
+pub use faults::Faults;
+pub use harness::{Harness, Test};

@@ -136,9 +136,17 @@ pub trait Intercept: Send + Sync + 'static {
         Some(delivery)
     }
 
+    /// A delivery is handed out under `tag`, by which it is settled.
+    fn handed_out(&self, _tag: Tag, _delivery: &Delivery) {}
+
     /// How a delivery is settled at the broker: by default as it was settled here.
     fn settled(&self, acker: Acker, settlement: Settlement) {
         settle(acker, settlement);
+    }
+
+    /// As [`settled`](Self::settled), which it calls by default, for who must know which delivery it is.
+    fn settled_as(&self, _tag: Tag, acker: Acker, settlement: Settlement) {
+        self.settled(acker, settlement);
     }
 
     /// What becomes of what one poll found, before it is handed out.
@@ -197,6 +205,8 @@ impl<I: Intercept> Settling<I> {
         let tag = Tag { epoch, seq: entry.key() as u64 };
         let ours = Acker::new(Arc::clone(self) as Arc<dyn Settle>, tag);
         entry.insert((tag, std::mem::replace(&mut delivery.acker, ours)));
+        drop(open);
+        self.intercept.handed_out(tag, &delivery);
         delivery
     }
 }
@@ -206,7 +216,7 @@ impl<I: Intercept> Settle for Settling<I> {
         // The lock is free again before what is settled can call anything.
         let removed = self.open.lock().ackers.try_remove(tag.seq as usize);
         if let Some((_, acker)) = removed {
-            self.intercept.settled(acker, settlement);
+            self.intercept.settled_as(tag, acker, settlement);
         }
     }
 

@@ -1,18 +1,63 @@
 //! The transports of this repository, as the conformance suite takes them.
 
-use crate::proxy::Proxy;
+pub use crate::rabbitmq::RabbitMq;
 use async_trait::async_trait;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
 use tidings::memory::{MemoryConfig, MemoryTransport};
 use tidings::transport::Transport;
 use tidings_conformance::{Broker, Factory};
-use tidings_core::{Error, ErrorKind, Result};
-use tidings_rabbitmq::{RabbitMqClient, RabbitMqConfig, RabbitMqTransport};
-use tokio::process::Command;
-use tokio::time::Instant;
+use tidings_core::{Connect, Error, ErrorKind, Result};
+use tidings_directory::DirectoryConfig;
+
+/// The example of a transport: a directory of files for each case.
+#[derive(Clone, Debug, Default)]
+pub struct Directory;
+
+struct DirectoryBroker {
+    config: DirectoryConfig,
+}
+
+#[async_trait]
+impl Factory for Directory {
+    fn name(&self) -> &'static str {
+        "directory"
+    }
+
+    async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
+        let path = std::env::temp_dir().join("tidings-directory").join(namespace);
+        Ok(Arc::new(DirectoryBroker { config: DirectoryConfig { path, ..DirectoryConfig::default() } }))
+    }
+
+    fn cannot_cut(&self) -> Option<&'static str> {
+        Some("there is no connection to a directory")
+    }
+
+    fn cannot_restart(&self) -> Option<&'static str> {
+        Some("there is no server behind a directory")
+    }
+}
+
+#[async_trait]
+impl Broker for DirectoryBroker {
+    async fn connect(&self) -> Result<Arc<dyn Transport>> {
+        Ok(self.config.clone().connect().await?.0)
+    }
+
+    async fn clean_up(&self) -> Result<()> {
+        // What a case left behind may still write.
+        let mut tries = 0;
+        loop {
+            match std::fs::remove_dir_all(&self.config.path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound && tries == 100 => {
+                    return Err(Error::new(ErrorKind::Internal, "the directory cannot be removed").with_source(error));
+                }
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => tries += 1,
+                _ => return Ok(()),
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+}
 
 /// The memory transport: one broker for each case.
 #[derive(Clone, Debug, Default)]
@@ -68,90 +113,5 @@ impl Broker for MemoryBroker {
 
     async fn clean_up(&self) -> Result<()> {
         Ok(())
-    }
-}
-
-/// RabbitMQ, at `TIDINGS_TEST_RABBITMQ_URL`; each case has a namespace, and a proxy to be cut off by.
-#[derive(Clone, Debug, Default)]
-pub struct RabbitMq;
-
-/// Where the server is.
-const RABBITMQ_URL: &str = "TIDINGS_TEST_RABBITMQ_URL";
-/// What kills it and starts it again, if it is not the `scripts/brokers` of this repository.
-const BROKERS: &str = "TIDINGS_TEST_BROKERS";
-
-struct RabbitMqBroker {
-    config: RabbitMqConfig,
-    direct: RabbitMqConfig,
-    proxy: Proxy,
-}
-
-fn brokers() -> Option<PathBuf> {
-    let of_this_repository = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../scripts/brokers");
-    let script = std::env::var_os(BROKERS).map_or_else(of_this_repository, PathBuf::from);
-    script.exists().then_some(script)
-}
-
-async fn script(command: &str, broker: &str) -> Result<()> {
-    let failed = |why: String| Error::new(ErrorKind::Internal, why).with_context("command", command);
-    let script = brokers().ok_or_else(|| failed("no script for brokers".into()))?;
-    let output = Command::new(script).args([command, broker]).output().await;
-    let output = output.map_err(|error| failed(error.to_string()))?;
-    if output.status.success() { Ok(()) } else { Err(failed(String::from_utf8_lossy(&output.stderr).into_owned())) }
-}
-
-#[async_trait]
-impl Factory for RabbitMq {
-    fn name(&self) -> &'static str {
-        "rabbitmq"
-    }
-
-    async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
-        let url = std::env::var(RABBITMQ_URL).map_err(|error| {
-            Error::new(ErrorKind::Config, "no server; `scripts/brokers url rabbitmq` tells").with_source(error)
-        })?;
-        let mut direct = RabbitMqConfig::from_url(&url)?;
-        direct.namespace = namespace.into();
-        let broken =
-            |error: std::io::Error| Error::new(ErrorKind::Connection, "the proxy does not start").with_source(error);
-        let address = format!("{}:{}", direct.host, direct.port.unwrap_or(5672));
-        let address = tokio::net::lookup_host(address).await.map_err(broken)?.find(SocketAddr::is_ipv4);
-        let address = address.ok_or_else(|| Error::new(ErrorKind::Config, "the host has no address"))?;
-        let proxy = Proxy::start(address).await.map_err(broken)?;
-        let mut config = direct.clone();
-        (config.host, config.port) = (proxy.address().ip().to_string(), Some(proxy.address().port()));
-        Ok(Arc::new(RabbitMqBroker { config, direct, proxy }))
-    }
-
-    fn cannot_cut(&self) -> Option<&'static str> {
-        None
-    }
-
-    fn cannot_restart(&self) -> Option<&'static str> {
-        if brokers().is_some() { None } else { Some("there is no script for brokers; set TIDINGS_TEST_BROKERS") }
-    }
-}
-
-#[async_trait]
-impl Broker for RabbitMqBroker {
-    async fn connect(&self) -> Result<Arc<dyn Transport>> {
-        Ok(RabbitMqTransport::connect(self.config.clone()).await?)
-    }
-
-    async fn cut(&self) -> Result<()> {
-        self.proxy.cut();
-        Ok(())
-    }
-
-    async fn restart(&self) -> Result<()> {
-        script("kill", "rabbitmq").await?;
-        script("up", "rabbitmq").await
-    }
-
-    async fn clean_up(&self) -> Result<()> {
-        let transport = RabbitMqTransport::connect(self.direct.clone()).await?;
-        let client = transport.native().downcast_ref::<RabbitMqClient>().expect("its native client");
-        client.remove_namespace(&self.direct.namespace).await?;
-        transport.close(Instant::now() + Duration::from_secs(5)).await
     }
 }

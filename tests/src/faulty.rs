@@ -1,18 +1,15 @@
 //! A transport with faults on demand, around one without.
 
 use async_trait::async_trait;
-use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tidings::memory::MemoryConfig;
 use tidings::transport::{
-    Capabilities, DeadLetter, DeadLetters, Destination, Fate, Health, Outgoing, Publisher, Receipt, ReplaySpec,
-    Subscription, SubscriptionSpec, Topology, Transport, submit_and_wait,
+    Capabilities, DeadLetter, DeadLetters, Destination, Fate, Outgoing, Publisher, Receipt, submit_and_wait,
 };
 use tidings::{Bus, Connect, Error, ErrorKind, Message, Result, SubscriptionName};
-use tidings_core::Events;
-use tokio::time::Instant;
+use tidings_testing::wrap::{Tamper, Wrapped};
 
 /// What becomes of a message on its way to the broker.
 #[derive(Debug)]
@@ -28,9 +25,8 @@ pub enum Fault {
 /// Decides what becomes of a message.
 pub type Faults = Box<dyn FnMut(&Destination, &Message) -> Option<Fault> + Send>;
 
-/// A transport with faults on demand.
+/// Faults on demand, put around a transport.
 pub struct Faulty {
-    inner: Arc<dyn Transport>,
     capabilities: Capabilities,
     /// What is sent to a subscription's address is refused.
     pub refuses: Arc<AtomicBool>,
@@ -56,14 +52,9 @@ impl Faulty {
         let (inner, config) = MemoryConfig::default().connect().await.expect("memory connects");
         let mut capabilities = inner.capabilities().clone();
         limit(&mut capabilities);
-        let faulty = Arc::new(Self {
-            inner,
-            capabilities,
-            refuses: Arc::default(),
-            keeps: Arc::default(),
-            faults: Arc::default(),
-        });
-        (Bus::new(Arc::clone(&faulty) as Arc<dyn Transport>, config).expect("the defaults are fine"), faulty)
+        let (refuses, keeps, faults) = Default::default();
+        let faulty = Arc::new(Self { capabilities, refuses, keeps, faults });
+        (Bus::new(Wrapped::new(inner, Arc::clone(&faulty)), config).expect("the defaults are fine"), faulty)
     }
 }
 
@@ -153,49 +144,16 @@ impl DeadLetters for FaultyLetters {
     }
 }
 
-#[async_trait]
-impl Transport for Faulty {
-    fn name(&self) -> &'static str {
-        self.inner.name()
+impl Tamper for Faulty {
+    fn capabilities(&self, can: &mut Capabilities) {
+        can.clone_from(&self.capabilities);
     }
 
-    fn capabilities(&self) -> &Capabilities {
-        &self.capabilities
+    fn publisher(&self, inner: Arc<dyn Publisher>) -> Arc<dyn Publisher> {
+        Arc::new(FaultyPublisher(inner, Arc::clone(&self.refuses), Arc::clone(&self.faults)))
     }
 
-    async fn provision(&self, topology: &Topology) -> Result<()> {
-        self.inner.provision(topology).await
-    }
-
-    fn publisher(&self) -> Arc<dyn Publisher> {
-        Arc::new(FaultyPublisher(self.inner.publisher(), Arc::clone(&self.refuses), Arc::clone(&self.faults)))
-    }
-
-    async fn subscribe(&self, spec: SubscriptionSpec) -> Result<Box<dyn Subscription>> {
-        self.inner.subscribe(spec).await
-    }
-
-    async fn replay(&self, spec: ReplaySpec) -> Result<Box<dyn Subscription>> {
-        self.inner.replay(spec).await
-    }
-
-    async fn dead_letters(&self, subscription: &SubscriptionName) -> Result<Arc<dyn DeadLetters>> {
-        Ok(Arc::new(FaultyLetters(self.inner.dead_letters(subscription).await?, Arc::clone(&self.keeps))))
-    }
-
-    fn health(&self) -> Health {
-        self.inner.health()
-    }
-
-    fn events(&self) -> &Events {
-        self.inner.events()
-    }
-
-    async fn close(&self, deadline: Instant) -> Result<()> {
-        self.inner.close(deadline).await
-    }
-
-    fn native(&self) -> &(dyn Any + Send + Sync) {
-        self.inner.native()
+    fn dead_letters(&self, _: &SubscriptionName, inner: Arc<dyn DeadLetters>) -> Arc<dyn DeadLetters> {
+        Arc::new(FaultyLetters(inner, Arc::clone(&self.keeps)))
     }
 }

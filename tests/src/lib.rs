@@ -4,6 +4,8 @@ pub mod broken;
 pub mod factories;
 pub mod faulty;
 pub mod proxy;
+mod rabbitmq;
+pub mod sim;
 
 use std::future::Future;
 use std::sync::Arc;

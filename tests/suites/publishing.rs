@@ -120,9 +120,9 @@ fn order_ref(customer: &str, number: u64) -> &'static Order {
 
 #[tokio::test(start_paused = true)]
 async fn never_more_are_unconfirmed_than_the_window_allows() {
-    let (_, faulty) = faulty().await;
+    let (bus, faulty) = faulty().await;
     let config = tidings::BusConfig { max_unconfirmed: 8, publish_timeout_ms: 1_000, ..tidings::BusConfig::default() };
-    let bus = Bus::new(faulty.clone(), config).unwrap();
+    let bus = Bus::new(Arc::clone(bus.transport()), config).unwrap();
     let sent = Arc::new(AtomicUsize::new(0));
     faulty.set({
         let sent = Arc::clone(&sent);

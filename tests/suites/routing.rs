@@ -63,6 +63,49 @@ async fn each_event_of_a_batch_ends_by_its_own_result_and_a_failure_keeps_the_la
     assert_eq!(dead_letters(&bus, "billing.shop.order.placed", 1).await.len(), 1);
 }
 
+/// Found by the simulation, seed 10: the result was ignored where the batch had one event.
+#[tokio::test(start_paused = true)]
+async fn a_batch_of_one_ends_by_its_own_result_too() {
+    for results in [0_usize, 1, 2] {
+        let (bus, runs): (_, Seen<usize>) = (bus().await, Seen::default());
+        let config = SubscriptionConfig::default().retry(RetryPolicy::default().attempts(3));
+        let service = Service::new("billing").state((runs.clone(), results)).on_with(
+            config,
+            async |Batch(orders): Batch<Order>, State((runs, results)): State<(Seen<usize>, usize)>| {
+                runs.push(orders.len());
+                // One failure, or as many successes as there must not be.
+                let ended = |_| if results == 1 { Err(HandlerError::from("never")) } else { Ok(()) };
+                Each((0..results).map(ended).collect())
+            },
+        );
+        let running = service.start(&bus).await.unwrap();
+        bus.publish(&order("ada", 1)).await.unwrap();
+        let letter = dead_letters(&bus, "billing.shop.order.placed", 1).await.remove(0);
+        assert_eq!(letter.headers.get_str(tidings::header::ATTEMPTS), Some("3"), "{results} results");
+        assert_eq!(runs.all(), [1, 1, 1]);
+        assert!(running.stats().all(|(_, stats)| stats.handled == 0));
+    }
+}
+
+/// Each of nothing was taken for a success of all.
+#[tokio::test(start_paused = true)]
+async fn a_batch_without_results_fails_and_is_handled_one_by_one() {
+    let (bus, runs): (_, Seen<usize>) = (bus().await, Seen::default());
+    let config = SubscriptionConfig::default().linger(Duration::from_secs(1)).concurrency(1);
+    let service = Service::new("billing").state(runs.clone()).on_with(
+        config,
+        async |Batch(orders): Batch<Order>, State(runs): State<Seen<usize>>| {
+            runs.push(orders.len());
+            let results = if orders.len() == 1 { vec![Ok(())] } else { Vec::new() };
+            Each(results)
+        },
+    );
+    let running = service.start(&bus).await.unwrap();
+    bus.publish_all(&[order("ada", 0), order("ada", 1), order("bob", 0)]).await.unwrap();
+    eventually("all handled", || async { running.stats().all(|(_, stats)| stats.handled == 3) }).await;
+    assert_eq!(runs.all(), [3, 1, 1, 1]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_paused_subscription_waits_and_loses_nothing() {
     let (bus, seen): (_, Seen<u64>) = (bus().await, Seen::default());

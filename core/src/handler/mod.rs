@@ -11,8 +11,8 @@ pub use extract::{Attempt, Context, Delivered, Extract, Lease, Metadata, Setup, 
 pub(crate) use extract::{Scope, States};
 pub(crate) use layer::Wrap;
 pub use layer::{Next, Outcome, Request};
-pub(crate) use outcome::encode;
 pub use outcome::{Each, IntoOutcome, Outputs};
+pub(crate) use outcome::{Ended, encode};
 
 use crate::service::worker::Worker;
 use crate::transport::BoxFuture;

@@ -19,19 +19,22 @@ pub trait IntoOutcome {
     fn into_outcome(self, outputs: &mut Outputs) -> Result<(), HandlerError>;
 }
 
+/// Where the messages of one event of a batch end, and how it ended.
+pub(crate) type Ended = (usize, Result<(), HandlerError>);
+
 /// What one run returned, encoded.
 #[derive(Debug)]
 pub struct Outputs {
     pub(crate) messages: Vec<Message>,
     /// For a batch with a result per event: where the messages of each end, and how it ended.
-    pub(crate) each: Vec<(usize, Result<(), HandlerError>)>,
+    pub(crate) each: Option<Vec<Ended>>,
     source: Text,
     content_type: Text,
 }
 
 impl Outputs {
     pub(crate) fn new(source: Text, content_type: Text) -> Self {
-        Self { messages: Vec::new(), each: Vec::new(), source, content_type }
+        Self { messages: Vec::new(), each: None, source, content_type }
     }
 
     /// As empty as this was at first.
@@ -64,7 +67,7 @@ pub(crate) fn encode<E: Event>(event: &E, id: MessageId, source: Text, content_t
 impl IntoOutcome for Outputs {
     fn into_outcome(self, outputs: &mut Outputs) -> Result<(), HandlerError> {
         outputs.messages.extend(self.messages);
-        outputs.each.extend(self.each);
+        outputs.each = self.each;
         Ok(())
     }
 }
@@ -119,14 +122,16 @@ pub struct Each<T>(pub Vec<Result<T, HandlerError>>);
 
 impl<T: IntoOutcome> IntoOutcome for Each<T> {
     fn into_outcome(self, outputs: &mut Outputs) -> Result<(), HandlerError> {
+        let mut each = Vec::with_capacity(self.0.len());
         for result in self.0 {
             let start = outputs.messages.len();
             let ended = result.and_then(|outcome| outcome.into_outcome(outputs));
             if ended.is_err() {
                 outputs.messages.truncate(start);
             }
-            outputs.each.push((outputs.messages.len(), ended));
+            each.push((outputs.messages.len(), ended));
         }
+        outputs.each = Some(each);
         Ok(())
     }
 }

@@ -47,14 +47,18 @@ impl Drop for Pass {
     fn drop(&mut self) {
         let next = {
             let mut busy = self.gate.0.lock();
-            let next = busy.get_mut(&self.lane).and_then(VecDeque::pop_front);
+            // Who has given up is passed over here: handing the pass to each of them, and getting it back, would nest.
+            let waiting = |line: &mut VecDeque<oneshot::Sender<Self>>| {
+                std::iter::from_fn(|| line.pop_front()).find(|next| !next.is_closed())
+            };
+            let next = busy.get_mut(&self.lane).and_then(waiting);
             if next.is_none() {
                 busy.remove(&self.lane);
             }
             next
         };
         if let Some(next) = next {
-            // If the next one has given up, the pass comes back here and goes to the one after.
+            // If the next one gives up just now, the pass comes back here and goes to the one after.
             let _ = next.send(Self { gate: Arc::clone(&self.gate), lane: self.lane.clone() });
         }
     }
@@ -82,6 +86,21 @@ mod tests {
         drop(pass);
         drop(third.as_mut().now_or_never().expect("last in line"));
         drop(other);
+        assert!(gate.0.lock().is_empty());
+    }
+
+    #[test]
+    fn however_many_gave_up() {
+        let gate = Arc::new(Gate::default());
+        let lane = (Topic::new("t").unwrap(), Key::from("k"));
+        let first = gate.enter(lane.clone()).now_or_never().expect("nobody is in");
+        for _ in 0..100_000 {
+            assert!(gate.enter(lane.clone()).now_or_never().is_none());
+        }
+        let mut last = Box::pin(gate.enter(lane));
+        assert!(last.as_mut().now_or_never().is_none());
+        drop(first);
+        drop(last.now_or_never().expect("the only one who waits"));
         assert!(gate.0.lock().is_empty());
     }
 }

@@ -213,7 +213,7 @@ async fn enter_all(gate: &Arc<Gate>, keys: BTreeSet<(crate::Topic, crate::Key)>)
 }
 
 /// The post as it is sent again: marked, if the first may have arrived.
-fn repeat_of(post: &Post, failure: &PublishFailure, round: u32) -> Post {
+pub(crate) fn repeat_of(post: &Post, failure: &PublishFailure, round: u32) -> Post {
     let mut copy = post.clone();
     if failure.fate == Fate::PossiblyPersisted {
         copy.message.headers.set(header::REPEAT, round.to_string());

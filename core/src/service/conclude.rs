@@ -6,7 +6,7 @@ use super::worker::Worker;
 use crate::dead_letter::Burial;
 use crate::error::{clean_line, one_line};
 use crate::handler::Verdict;
-use crate::publish::Post;
+use crate::publish::{Post, repeat_of};
 use crate::transport::{Destination, Lease};
 use crate::{
     Backoff, BusEvent, DeadLetterReason, Error, ErrorKind, HandlerError, Message, MessageId, Result, RetryMode,
@@ -78,6 +78,15 @@ impl Failure {
     }
 }
 
+/// What became of what a handler returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Published {
+    /// It was confirmed.
+    All,
+    /// It was left to another instance, which has the lease.
+    Nothing,
+}
+
 /// What happens after a failed run.
 #[derive(Debug, PartialEq)]
 enum Next {
@@ -109,16 +118,16 @@ fn next_step(failure: &Failure, job: &Job, policy: &RetryPolicy, mode: RetryMode
 }
 
 impl Worker {
-    /// Ends a run of one job, and says whether that settled it: if not, it holds its lane and runs again.
+    /// Ends a run of one job, and says whether that settled it: if not, it runs again, here or where its lease is.
     pub(super) async fn conclude(&mut self, job: Job, result: Result<(), Failure>) -> bool {
         let published = match result {
             Ok(()) => self.publish_outputs(&job, &[]).await,
             Err(failure) => Err(failure),
         };
         match published {
-            Ok(()) => {
-                self.subscribed.ack(job);
-                true
+            Ok(published) => {
+                self.subscribed.settle(job, published);
+                published == Published::All
             }
             Err(failure) => self.fail(job, failure).await,
         }
@@ -126,12 +135,15 @@ impl Worker {
 
     /// Publishes what the handler returned, all of it checked before the first is sent. `others` were handled together
     /// with `job`, and take part in the ids.
-    pub(super) async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<(), Failure> {
+    pub(super) async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<Published, Failure> {
         let subscribed = &self.subscribed;
-        let lost = || job.delivery.acker.lease() == Lease::Lost && !subscribed.has_successor(job.id);
-        // Where the lease is lost, another instance handles it and publishes the same ids.
-        if self.outputs.messages.is_empty() || lost() {
-            return Ok(());
+        let lost = |job: &Job| job.delivery.acker.lease() == Lease::Lost && !subscribed.has_successor(job.id);
+        if self.outputs.messages.is_empty() {
+            return Ok(Published::All);
+        }
+        // Where the lease of all is lost, another instance handles them and publishes the same ids.
+        if std::iter::once(job).chain(others).all(lost) {
+            return Ok(Published::Nothing);
         }
         let bus = &subscribed.scope.bus;
         let now = bus.clock().now();
@@ -148,7 +160,7 @@ impl Worker {
         let refused = |error| format!("what the handler returned was refused: {}", one_line(&error));
         let count = sent.map_err(|error| Failure::rejected(clean_line(&refused(error), 1024)))?;
         self.subscribed.counters.published.fetch_add(count, Relaxed);
-        Ok(())
+        Ok(Published::All)
     }
 
     async fn fail(&mut self, mut job: Job, failure: Failure) -> bool {
@@ -203,6 +215,10 @@ impl Worker {
     async fn step_aside(&self, job: Job, delay: Duration, failure: Failure) {
         let mut message = job.delivery.message.clone();
         job.failures.write(&mut message);
+        if job.possible_duplicate && message.headers.get(header::REPEAT).is_none() {
+            // A copy like this one may be there already.
+            message.headers.set(header::REPEAT, "1");
+        }
         let destination = Destination::Subscription(self.subscribed.name.clone());
         match self.owe(&[Post { destination, message, delay: Some(delay) }], false).await {
             Ok(_) => {
@@ -254,7 +270,7 @@ impl Worker {
                 if !failure.error.is_transient() && !stubborn {
                     return Err(failure.error);
                 }
-                again.push(open[index].clone());
+                again.push(repeat_of(&open[index], &failure, round));
             }
             rest = again;
             tokio::time::sleep(STALLED.delay(round)).await;

@@ -3,7 +3,7 @@
 use super::outage::Outage;
 use super::recent::Recent;
 use crate::dead_letter::Failures;
-use crate::transport::{Acker, Delivery, Ordering};
+use crate::transport::{Acker, Delivery, Lease, Ordering};
 use crate::{Key, MessageId, Text, Topic, header};
 use slab::Slab;
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -445,9 +445,10 @@ impl Lanes {
         lane.is_some_and(|lane| is_crowded(lane, self.limit))
     }
 
-    /// Whether a redelivered copy of a running job has come.
+    /// Whether a redelivered copy of a running job has come, whose lease is not lost in its turn.
     pub(crate) fn has_successor(&self, id: JobId) -> bool {
-        self.entries.get(id).is_some_and(|entry| entry.successor.is_some())
+        let successor = self.entries.get(id).and_then(|entry| entry.successor.as_ref());
+        successor.is_some_and(|acker| acker.lease() != Lease::Lost)
     }
 
     /// How many more deliveries there is room for; if none, the reader waits until it [should read](Self::should_read).

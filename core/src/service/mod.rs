@@ -19,6 +19,7 @@ use crate::handler::{
 };
 use crate::transport::{Acker, Capabilities, Ordering, Role, SubscriptionSpec, Topology};
 use crate::{Bus, BusEvent, Capable, Error, ErrorKind, HandlerError, Result, RetryMode, SubscriptionName, Text};
+use conclude::Published;
 use lanes::{Job, JobId, Lanes};
 use outage::{Outage, Told};
 use parking_lot::Mutex;
@@ -365,11 +366,17 @@ impl Subscribed {
         successor
     }
 
-    /// The event was handled.
-    fn ack(&self, job: Job) {
-        self.counters.handled.fetch_add(1, Relaxed);
-        let successor = self.finish(job.id, true);
-        successor.unwrap_or(job.delivery.acker).ack();
+    /// The event was handled: acked if what its handler returned was confirmed, else left to who has the lease, which
+    /// may be a copy that has come here meanwhile.
+    fn settle(&self, job: Job, published: Published) {
+        let acker = self.finish(job.id, true).unwrap_or(job.delivery.acker);
+        match published {
+            Published::All => {
+                self.counters.handled.fetch_add(1, Relaxed);
+                acker.ack();
+            }
+            Published::Nothing => acker.release(Duration::ZERO),
+        }
     }
 
     /// The event was not handled, but what replaces it is durable.

@@ -22,12 +22,9 @@ pub struct Running {
     /// Before the pumps, so that dropping ends what works on leases before it ends the leases.
     workers: JoinSet<()>,
     pumps: JoinSet<Pumped>,
-    /// Subscriptions that have ended by themselves, still to be closed. The lock makes it `Sync`, and is never taken.
+    /// Subscriptions that have ended by themselves, still to be closed. Locked, so that this can be shared.
     ended: Mutex<Vec<Box<dyn Subscription>>>,
 }
-
-// What answers for the health of a program shares it between tasks.
-const _: fn(&Running) -> &(dyn Send + Sync) = |running| running;
 
 /// How a drain ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,10 +3,10 @@
 use super::Subscribed;
 use super::conclude::Failure;
 use super::lanes::Job;
-use crate::handler::{Context, IntoOutcome, Next, Outcome, Outputs, Request};
+use crate::handler::{Context, Ended, IntoOutcome, Next, Outcome, Outputs, Request};
 use crate::publish::Post;
 use crate::transport::Lease;
-use crate::{Error, ErrorKind, HandlerError, Key, Message, Result, Topic};
+use crate::{Error, ErrorKind, Key, Message, Result, Topic};
 use futures_util::FutureExt;
 use std::any::Any;
 use std::future::Future;
@@ -125,7 +125,7 @@ impl Worker {
         F: Future<Output: IntoOutcome> + Send + 'static,
     {
         self.outputs.messages.clear();
-        self.outputs.each.clear();
+        self.outputs.each = None;
         if run.first.crashes() > self.subscribed.config.max_deliveries {
             let crashes = run.first.crashes() - 1;
             let _settled = self.conclude(run.first, Err(Failure::suspect(crashes))).await;
@@ -141,6 +141,7 @@ impl Worker {
         };
         let Run { first, more, turn: _turn } = run;
         if more.is_empty() {
+            let result = result.and_then(|()| self.of_one());
             let _settled = self.conclude(first, result).await;
         } else {
             self.conclude_batch(first, more, result).await;
@@ -201,38 +202,49 @@ impl Worker {
         let _settled = self.conclude(run.first, Err(failure)).await;
     }
 
+    /// The result of the only event of a batch, if its handler returned one for each.
+    fn of_one(&mut self) -> Result<(), Failure> {
+        let Some(mut each) = self.outputs.each.take() else { return Ok(()) };
+        match (each.pop(), each.len()) {
+            (Some((_, result)), 0) => result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry)),
+            (last, before) => {
+                let count = before + usize::from(last.is_some());
+                let error = format!("the handler returned {count} results for one event").into();
+                Err(Failure::handler(&error, &self.subscribed.config.retry))
+            }
+        }
+    }
+
     /// A batch ends as one, unless it has a result for each event; if it failed, its jobs run again one by one, and that
     /// run counts for none of them.
     async fn conclude_batch(&mut self, first: Job, more: Vec<Job>, result: Result<(), Failure>) {
-        let each = std::mem::take(&mut self.outputs.each);
-        let jobs = std::iter::once(first).chain(more);
-        if result.is_ok() && each.len() == jobs.size_hint().0 {
-            return self.conclude_each(jobs.collect(), each).await;
-        }
-        let jobs: Vec<_> = jobs.collect();
-        let published = match (result, jobs.split_first()) {
-            (Ok(()), Some((first, more))) if each.is_empty() => self.publish_outputs(first, more).await.is_ok(),
-            _ => false,
+        let each = self.outputs.each.take();
+        let jobs: Vec<_> = std::iter::once(first).chain(more).collect();
+        let published = match (result, each, jobs.split_first()) {
+            (Ok(()), Some(each), _) if each.len() == jobs.len() => return self.conclude_each(jobs, each).await,
+            (Ok(()), None, Some((first, more))) => self.publish_outputs(first, more).await.ok(),
+            _ => None,
         };
-        if published {
-            return jobs.into_iter().for_each(|job| self.subscribed.ack(job));
+        if let Some(published) = published {
+            return jobs.into_iter().for_each(|job| self.subscribed.settle(job, published));
         }
         self.subscribed.counters.failed.fetch_add(1, Relaxed);
         self.put_back(jobs, true);
     }
 
     /// Each job ends by its own result; those behind one that is to run again, in its lane, run again after it.
-    async fn conclude_each(&mut self, jobs: Vec<Job>, each: Vec<(usize, Result<(), HandlerError>)>) {
+    async fn conclude_each(&mut self, jobs: Vec<Job>, each: Vec<Ended>) {
         let mut outputs = std::mem::take(&mut self.outputs.messages).into_iter();
         let (mut behind, mut start) = (Vec::new(), 0);
         let mut waiting: Vec<(Topic, Key)> = Vec::new();
         for (job, (end, result)) in jobs.into_iter().zip(each) {
+            // What the one before has left unpublished, for want of its lease, is not this one's.
+            self.outputs.messages.clear();
             self.outputs.messages.extend(outputs.by_ref().take(end - start));
             start = end;
             let Message { topic, key, .. } = &job.delivery.message;
             let lane = key.as_ref().filter(|_| self.subscribed.keeps_order).map(|key| (topic.clone(), key.clone()));
             if lane.as_ref().is_some_and(|lane| waiting.contains(lane)) {
-                self.outputs.messages.clear();
                 behind.push(job);
                 continue;
             }

@@ -94,8 +94,10 @@ pub trait Publisher: Send + Sync + 'static {
     /// Behavior:
     /// - it neither blocks nor fails: the answer for each message is given to its [`Receipt`], when the
     ///   broker has taken responsibility for it or refused it;
-    /// - nothing is un-sent when the caller loses interest; a message still waiting for room inside the
-    ///   transport may then be dropped ([`Receipt::is_abandoned`]);
+    /// - nothing is un-sent when the caller loses interest; a message still waiting inside the transport, for room or
+    ///   for the broker to come back, may then be dropped ([`Receipt::is_abandoned`]), whether it is owed or not;
+    /// - where it repeats by itself ([`ordered_repeats`](Capabilities::ordered_repeats)), it does so until the message is
+    ///   abandoned;
     /// - a message that is [`owed`](Outgoing::owed) does not wait for room;
     /// - the iterator neither settles nor publishes, so it may be driven under the transport's own lock.
     fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>);
@@ -132,14 +134,18 @@ pub enum Destination {
 ///
 /// # For implementors
 /// It heals itself; what happens to it meanwhile it tells by [`Notice`]s. An error from
-/// [`poll_batch`](Self::poll_batch) is final.
+/// [`poll_batch`](Self::poll_batch) is final. Dropped without [`close`](Self::close) it has crashed: what is out comes
+/// again, here or elsewhere; what was settled before may still be applied.
 pub trait Subscription: Send + 'static {
     /// Adds up to `max` deliveries, and what there is to notice, to `out`.
     ///
     /// Behavior:
-    /// - pending only while there is nothing to add; the waker is called when there is;
+    /// - pending only while there is nothing to add; the waker is called when there is; with a `max` of 0, notices alone
+    ///   are something;
     /// - what is handed out and not settled *at the broker* never exceeds `max_in_flight`;
     /// - what was handed out is handed out again only when its lease is lost or it was released;
+    /// - with [`Ordering::Key`], what is given back is handed out again before anything newer of its topic and key, in
+    ///   whichever instance, also if that was read already; other keys go on;
     /// - ready with nothing added means that it has stopped and will never add anything again.
     fn poll_batch(&mut self, cx: &mut Context<'_>, max: usize, out: &mut Polled) -> Poll<Result<()>>;
 
@@ -230,7 +236,7 @@ pub enum Role {
     StandBy,
 }
 
-/// How settlements ended when a subscription was closed.
+/// How the settlements of an instance ended, from when it was opened until it was closed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flushed {
     /// The broker has applied them.
@@ -297,7 +303,7 @@ pub struct ReplaySpec {
 pub enum ReplayFrom {
     /// With the oldest event that the broker still has.
     Beginning,
-    /// With the first event that the broker received at or after this time.
+    /// With the first event that the broker received (a delayed one: made due) at or after this time.
     Time(SystemTime),
     /// With the first event at or after this [`Delivery::position`].
     Position(u64),
@@ -319,7 +325,7 @@ pub trait DeadLetters: Send + Sync {
 /// One dead letter as it is stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeadLetter {
-    /// Its place among the dead letters of its subscription.
+    /// Its place among the dead letters of its subscription; never given twice, even if the newest was removed.
     pub position: u64,
     /// The message, with the headers that tell why ([`header`](crate::header)).
     pub message: Message,
@@ -370,6 +376,10 @@ pub struct Capabilities {
     pub key_ordering: bool,
     /// Keys of a topic can be spread over slots, which instances share.
     pub slots: bool,
+    /// Without order, instances share the work message by message; else one of them is active, and the others stand by.
+    pub sharing: bool,
+    /// A topic can limit how long it keeps what is published ([`TopicSpec::retention`]).
+    pub retention: bool,
     /// A new subscription can start at the beginning.
     pub start_beginning: bool,
     /// What was published can be read again.
@@ -392,6 +402,8 @@ impl Capabilities {
         publish_delay: false,
         key_ordering: false,
         slots: false,
+        sharing: false,
+        retention: false,
         start_beginning: false,
         replay: false,
         counts_hand_outs: false,

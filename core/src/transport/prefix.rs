@@ -26,13 +26,16 @@ pub struct PrefixTracker {
     /// Handed out and not yet part of the prefix, ascending; `true` when settled.
     window: VecDeque<(u64, bool)>,
     open: usize,
+    /// The last position handed out.
+    last: Option<u64>,
 }
 
 impl PrefixTracker {
     /// Notes that `position` was handed out. Positions ascend; one that does not is ignored, because it
     /// is tracked already or settled.
     pub fn hand_out(&mut self, position: u64) {
-        if self.window.back().is_none_or(|(last, _)| *last < position) {
+        if self.last.is_none_or(|last| last < position) {
+            self.last = Some(position);
             self.window.push_back((position, false));
             self.open += 1;
         }
@@ -68,6 +71,7 @@ impl PrefixTracker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn never_passes_what_is_open_in_any_order_of_settling() {
@@ -90,6 +94,41 @@ mod tests {
             }
             open.into_iter().for_each(|p| prefix = tracker.settle(p).or(prefix));
             assert_eq!(prefix, (next > 0).then_some(next), "seed {seed}: all settled, so the prefix is all");
+        }
+    }
+
+    #[test]
+    fn agrees_with_sets_of_what_is_handed_out_and_open() {
+        for seed in 0..500 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let mut tracker = PrefixTracker::default();
+            let (mut handed_out, mut open) = (BTreeSet::new(), BTreeSet::new());
+            let prefix = |handed_out: &BTreeSet<u64>, open: &BTreeSet<u64>| {
+                let mut before = handed_out.range(..open.first().copied().unwrap_or(u64::MAX));
+                before.next_back().copied()
+            };
+            for _ in 0..300 {
+                let last = handed_out.last().copied().unwrap_or(0);
+                // Again now and then, what is open, settled or was passed by.
+                let position = (last + rng.u64(0..6)).saturating_sub(rng.u64(0..4));
+                if rng.bool() {
+                    tracker.hand_out(position);
+                    if handed_out.is_empty() || position > last {
+                        handed_out.insert(position);
+                        open.insert(position);
+                    }
+                } else {
+                    let position = if rng.bool() { open.first().copied().unwrap_or(position) } else { position };
+                    let before = prefix(&handed_out, &open);
+                    open.remove(&position);
+                    let now = prefix(&handed_out, &open);
+                    assert_eq!(tracker.settle(position), now.filter(|_| now != before), "seed {seed}: {position}");
+                }
+                assert_eq!(tracker.open(), open.len(), "seed {seed}");
+                let end = prefix(&handed_out, &open);
+                let beyond = handed_out.iter().filter(|p| Some(**p) > end && !open.contains(p));
+                assert!(tracker.beyond().eq(beyond.copied()), "seed {seed}");
+            }
         }
     }
 

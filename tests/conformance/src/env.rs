@@ -191,7 +191,7 @@ impl Env {
     pub(crate) async fn elsewhere(&self) -> Self {
         let broker = self.factory.open(&namespace()).await.expect("another namespace");
         let first = broker.connect().await.expect("a connection");
-        Self { factory: Arc::clone(&self.factory), broker, first, clock: self.clock, paused: self.paused }
+        Self { broker, first, ..self.clone() }
     }
 }
 
@@ -200,4 +200,9 @@ pub(crate) fn memory() -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib * 1024)
+}
+
+/// Waits until a sum over the subscriptions of a service is as high.
+pub(crate) async fn until(running: &Running, what: &str, number: fn(&tidings_core::Stats) -> u64, at_least: u64) {
+    eventually(what, || async { total(running, number) >= at_least }).await;
 }

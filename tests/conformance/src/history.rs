@@ -148,7 +148,7 @@ impl History {
         let enough = || async { self.0.lock().settled() >= count || !self.0.lock().wrong.is_empty() };
         let waiting = tokio::time::timeout(PATIENCE - Duration::from_secs(1), eventually("settled", enough)).await;
         self.check();
-        assert!(waiting.is_ok(), "only {} of {count} were handled: {}", self.0.lock().settled(), self.tell());
+        assert!(waiting.is_ok(), "only {} of {count} were handled: {}", self.count(), self.tell());
     }
 
     /// Waits until `who` hangs in as many runs.

@@ -40,7 +40,7 @@ impl Instance {
         let (ask, asked) = mpsc::unbounded_channel();
         let (ready, started) = oneshot::channel();
         let env = env.clone();
-        let thread = std::thread::spawn(move || live(env, service, ready, asked));
+        let thread = std::thread::spawn(move || live(&env, service, ready, asked));
         within("the instance starts", started).await.expect("the instance starts");
         Self { place: Place::Apart { ask, thread }, desk: None }
     }
@@ -140,7 +140,7 @@ async fn part(running: Running, bus: &Bus) -> Drained {
     drained
 }
 
-fn live(env: Env, service: Service, ready: oneshot::Sender<()>, mut asked: mpsc::UnboundedReceiver<Ask>) {
+fn live(env: &Env, service: Service, ready: oneshot::Sender<()>, mut asked: mpsc::UnboundedReceiver<Ask>) {
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
     let left = runtime.block_on(async {
         let bus = env.another_bus().await;

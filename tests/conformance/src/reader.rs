@@ -6,7 +6,7 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tidings_core::transport::{
-    Delivery, Destination, Flushed, Notice, Ordering, Polled, PublishFailure, ReplayFrom, ReplaySpec, Role, Start,
+    Delivery, Destination, Flushed, Notice, Ordering, Polled, PublishFailure, ReplayFrom, ReplaySpec, Start,
     Subscription, SubscriptionSpec, TopicSpec, Topology, Transport, submit_and_wait,
 };
 use tidings_core::{Clock, Headers, Message, MessageId, Topic, TopicPattern};
@@ -186,15 +186,6 @@ impl Reader {
             let more = more.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"));
             assert!(more.expect("the subscription goes on"), "it has ended before: {what}");
         }
-    }
-
-    /// Waits until this instance is active; the slots that it owns.
-    pub(crate) async fn active(&mut self) -> Vec<u32> {
-        let active = |notice: &Notice| match notice {
-            Notice::Role(Role::Active { slots }) => Some(slots.clone()),
-            _ => None,
-        };
-        self.notice("it becomes active", active).await
     }
 
     pub(crate) fn stop(&mut self) {

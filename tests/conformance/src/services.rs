@@ -40,10 +40,6 @@ impl Gate {
         self.0.send_replace(true);
     }
 
-    pub(crate) fn close(&self) {
-        self.0.send_replace(false);
-    }
-
     pub(crate) fn is_open(&self) -> bool {
         *self.0.borrow()
     }

@@ -9,7 +9,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, mpsc};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::timeout;
@@ -18,7 +18,10 @@ use tokio::time::timeout;
 const TRANSPORTS: &str = "TIDINGS_TEST_TRANSPORTS";
 
 /// How many cases run at a time unless `--test-threads` says: most of a case is waiting for its broker.
-const AT_A_TIME: usize = 8;
+const AT_A_TIME: usize = 16;
+
+/// How long the thread of a case may be blocked, in real time, where its own clock does not end it.
+const BLOCKED: Duration = Duration::from_secs(60);
 
 /// Held by all cases, and by those that must be alone for themselves.
 static TURN: RwLock<()> = RwLock::new(());
@@ -140,7 +143,7 @@ impl Suite {
     pub fn report(&self, filters: &[&str]) -> Report {
         let mut report = Report::default();
         for (factory, _) in &self.factories {
-            let wanted = |case: &&Case| filters.is_empty() || filters.iter().any(|f| case.name().contains(f));
+            let wanted = |case: &&'static Case| filters.is_empty() || filters.iter().any(|f| case.name().contains(f));
             for case in all().filter(wanted) {
                 report.add(case.name(), run(case, factory, self.pace));
             }
@@ -193,13 +196,24 @@ fn trial(case: &'static Case, factory: Arc<dyn Factory>, pace: Pace, executed: A
 }
 
 /// Runs a case in a runtime and a namespace of its own. Poisoned turns mean that another case has failed.
-fn run(case: &Case, factory: &Arc<dyn Factory>, pace: Pace) -> Ended {
+fn run(case: &'static Case, factory: &Arc<dyn Factory>, pace: Pace) -> Ended {
     let (_with_others, _alone);
     if case.is_alone() {
         _alone = TURN.write().unwrap_or_else(PoisonError::into_inner);
     } else {
         _with_others = TURN.read().unwrap_or_else(PoisonError::into_inner);
     }
+    // On a thread of its own, so that a case that blocks is left behind too, whatever its clock says.
+    let (sender, receiver) = mpsc::channel();
+    let factory = Arc::clone(factory);
+    std::thread::spawn(move || drop(sender.send(run_here(case, &factory, pace))));
+    let patience = if pace.paused { BLOCKED } else { pace.deadline + BLOCKED };
+    receiver
+        .recv_timeout(patience)
+        .unwrap_or_else(|_| Ended::Failed(format!("it has blocked its thread for {patience:?}")))
+}
+
+fn run_here(case: &Case, factory: &Arc<dyn Factory>, pace: Pace) -> Ended {
     let runtime = match runtime(pace) {
         Ok(runtime) => runtime,
         Err(error) => return Ended::Failed(format!("no runtime: {error}")),

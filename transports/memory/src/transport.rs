@@ -135,6 +135,8 @@ pub fn capabilities() -> Capabilities {
     can.publish_delay = true;
     can.key_ordering = true;
     can.slots = true;
+    can.sharing = true;
+    can.retention = true;
     can.start_beginning = true;
     can.replay = true;
     can.counts_hand_outs = true;

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::Message;
-use crate::transport::{Lease, Settle, Settlement, Tag};
+use crate::transport::{Settle, Settlement, Tag};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;

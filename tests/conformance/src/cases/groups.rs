@@ -15,10 +15,10 @@ use tidings_core::{BusEvent, ErrorKind, Service, SubscriptionConfig};
 
 cases!("groups":
     every_subscription_gets_every_event,
-    instances_share_the_work,
-    an_instance_that_joins_takes_part,
-    an_instance_that_drains_repeats_nothing,
-    what_a_dead_instance_left_comes_again_marked,
+    instances_share_the_work [Sharing],
+    an_instance_that_joins_takes_part [Sharing],
+    an_instance_that_drains_repeats_nothing [Sharing],
+    what_a_dead_instance_left_comes_again_marked [Sharing],
     a_new_subscription_starts_with_what_is_new,
     a_new_subscription_can_start_at_the_beginning [Beginning],
     the_start_is_durable_before_the_first_ack,

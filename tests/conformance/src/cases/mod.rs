@@ -1,10 +1,14 @@
 //! The cases, in groups. Each has the name of a promise.
 
+mod composition;
 mod data;
+mod dead_letter;
+mod flow;
 mod groups;
 mod lifecycle;
 mod order;
 mod publish;
+mod replay;
 mod settlement;
 
 use crate::env::Env;
@@ -29,6 +33,10 @@ pub(crate) enum Need {
     KeyOrdering,
     /// Slots.
     Slots,
+    /// Instances that share the work where no order is asked.
+    Sharing,
+    /// Topics that limit how long they keep what is published.
+    Retention,
     /// Starting at the beginning.
     Beginning,
     /// Reading again.
@@ -54,6 +62,8 @@ impl Need {
             Self::PublishDelay => (can.publish_delay, "publish_delay"),
             Self::KeyOrdering => (can.key_ordering, "key_ordering"),
             Self::Slots => (can.slots, "slots"),
+            Self::Sharing => (can.sharing, "sharing"),
+            Self::Retention => (can.retention, "retention"),
             Self::Beginning => (can.start_beginning, "start_beginning"),
             Self::Replay => (can.replay, "replay"),
             Self::CountsLosses => (can.counts_losses, "counts_losses"),
@@ -80,8 +90,20 @@ impl Case {
 
 /// All cases, in the order of their groups.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    let groups = [publish::CASES, data::CASES, settlement::CASES, order::CASES, groups::CASES, lifecycle::CASES];
-    groups.into_iter().flatten()
+    [
+        data::CASES,
+        publish::CASES,
+        settlement::CASES,
+        dead_letter::CASES,
+        order::CASES,
+        groups::CASES,
+        flow::CASES,
+        lifecycle::CASES,
+        replay::CASES,
+        composition::CASES,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// The table of a group: the name of each case and what it needs.

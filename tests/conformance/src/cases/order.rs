@@ -223,7 +223,8 @@ async fn each_key_has_one_owner_among_the_slots(env: Env) {
 async fn order_is_kept_while_an_instance_joins(env: Env) {
     provision(env.transport(), ORDERS, |topic| topic.slots = 4).await;
     let history = History::ordered();
-    let one = Instance::of(&env, &history.passing("one"), config()).await;
+    let slow = history.desk("one", 1, |_, _| Act::After(Duration::from_millis(2)));
+    let one = Instance::of(&env, &slow, config()).await;
     let published = publishing(&env.bus(), rounds(40, 0..15));
     history.settled(100).await;
     let two = Instance::of(&env, &history.passing("two"), config()).await;
