@@ -10,7 +10,7 @@ use crate::wire::{DEAD_POSITION, Fnv, Received, count, decode};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel};
 use std::collections::{BTreeMap, BTreeSet};
@@ -126,6 +126,8 @@ impl RabbitMqDeadLetters {
                 break;
             }
         }
+        // Goes through the queue's log behind what was deleted, which is applied then.
+        channel.basic_cancel("letters".into(), BasicCancelOptions::default()).await.map_err(failed)?;
         Ok(deleted)
     }
 
@@ -148,35 +150,41 @@ impl RabbitMqDeadLetters {
 #[async_trait]
 impl DeadLetters for RabbitMqDeadLetters {
     async fn count(&self) -> Result<u64> {
-        let counted = self.topology.alone_with(&self.name, self.link.within("the dead letters", self.ready()));
-        counted.await.map(u64::from).map_err(|error| self.about(error))
+        let count =
+            async || self.topology.alone_with(&self.name, self.link.within("the dead letters", self.ready())).await;
+        self.link.patiently(count).await.map(u64::from).map_err(|error| self.about(error))
     }
 
     async fn last(&self) -> Result<Option<u64>> {
-        let mut last = None;
-        let scanned = self.scan(|position, _| {
-            last = last.max(Some(position));
-            ControlFlow::Continue(false)
-        });
-        scanned.await.map_err(|error| self.about(error))?;
-        Ok(last)
+        let find = move || async move {
+            let mut last = None;
+            let scanned = self.scan(|position, _| {
+                last = last.max(Some(position));
+                ControlFlow::Continue(false)
+            });
+            scanned.await.map(|_| last)
+        };
+        self.link.patiently(find).await.map_err(|error| self.about(error))
     }
 
     async fn page(&self, after: Option<u64>, max: usize) -> Result<Vec<DeadLetter>> {
-        let mut page: BTreeMap<u64, Delivery> = BTreeMap::new();
         if max == 0 {
             return Ok(Vec::new());
         }
-        let scanned = self.scan(|position, letter| {
-            if after.is_none_or(|after| position > after) {
-                page.insert(position, letter);
-                if page.len() > max {
-                    page.pop_last();
+        let read = move || async move {
+            let mut page: BTreeMap<u64, Delivery> = BTreeMap::new();
+            let scanned = self.scan(|position, letter| {
+                if after.is_none_or(|after| position > after) {
+                    page.insert(position, letter);
+                    if page.len() > max {
+                        page.pop_last();
+                    }
                 }
-            }
-            ControlFlow::Continue(false)
-        });
-        scanned.await.map_err(|error| self.about(error))?;
+                ControlFlow::Continue(false)
+            });
+            scanned.await.map(|_| page)
+        };
+        let page = self.link.patiently(read).await.map_err(|error| self.about(error))?;
         let read = |(position, letter): (u64, Delivery)| {
             let Delivery { routing_key, properties, data, .. } = letter;
             DeadLetter { position, message: decode(Received { routing_key: routing_key.into(), properties, data }) }
@@ -185,14 +193,17 @@ impl DeadLetters for RabbitMqDeadLetters {
     }
 
     async fn remove(&self, positions: &[u64]) -> Result<u64> {
-        let mut left: BTreeSet<u64> = positions.iter().copied().collect();
-        if left.is_empty() {
+        if positions.is_empty() {
             return self.count().await.map(|_| 0);
         }
-        let scanned = self.scan(|position, _| {
-            let delete = left.remove(&position);
-            if left.is_empty() { ControlFlow::Break(delete) } else { ControlFlow::Continue(delete) }
-        });
-        scanned.await.map_err(|error| self.about(error))
+        let remove = move || async move {
+            let mut left: BTreeSet<u64> = positions.iter().copied().collect();
+            let scanned = self.scan(|position, _| {
+                let delete = left.remove(&position);
+                if left.is_empty() { ControlFlow::Break(delete) } else { ControlFlow::Continue(delete) }
+            });
+            scanned.await
+        };
+        self.link.patiently(remove).await.map_err(|error| self.about(error))
     }
 }

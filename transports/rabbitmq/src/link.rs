@@ -87,6 +87,24 @@ impl Link {
         Ok(channel)
     }
 
+    /// Does what may be done again until the connection does not fail under it, for as long as an answer may take.
+    pub(crate) async fn patiently<T, F>(&self, work: impl Fn() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let deadline = Instant::now() + self.line.config.timeout();
+        loop {
+            match work().await {
+                Err(error)
+                    if error.kind() == ErrorKind::Connection && error.is_transient() && Instant::now() < deadline =>
+                {
+                    sleep(Duration::from_millis(50)).await;
+                }
+                done => return done,
+            }
+        }
+    }
+
     /// A connection of its own, for what the server may answer by closing it.
     pub(crate) async fn another(&self) -> Result<Connection> {
         dial(&self.line.config, "probe").await

@@ -162,6 +162,9 @@ impl RabbitMqPublisher {
             if matches!(to, To::DeadLetter { .. }) {
                 properties = crate::dead_letters::positioned(properties);
             }
+            if matches!(to, To::Topic { .. }) && (steps > 0 || message.recorded_time.is_none()) {
+                properties = crate::replay::sent(properties, delay.unwrap_or_default());
+            }
             Ok((exchange, key, to, properties))
         });
         let (exchange, key, to, properties) = match routed {

@@ -74,11 +74,30 @@ pub(crate) struct Session {
 /// is closed first, which gives back everything in its place.
 impl Drop for Session {
     fn drop(&mut self) {
-        let (channel, consumers, heard) = (self.channel.clone(), self.consumers.take(), self.heard.take());
+        let (channel, consumers) =
+            (self.channel.clone(), Uncancelled(Some((self.consumers.take(), self.heard.take()))));
         self.handle.spawn(async move {
-            let _ = timeout(Duration::from_secs(10), channel.close(200, "closed".into())).await;
-            drop((consumers, heard));
+            // An error says that it is closed already.
+            if timeout(Duration::from_secs(10), channel.close(200, "closed".into())).await.is_ok() {
+                consumers.release();
+            }
         });
+    }
+}
+
+/// Consumers that must not be cancelled, even if their runtime has ended: the channel goes with its connection, and they
+/// are leaked.
+struct Uncancelled<T>(Option<T>);
+
+impl<T> Uncancelled<T> {
+    fn release(mut self) {
+        drop(self.0.take());
+    }
+}
+
+impl<T> Drop for Uncancelled<T> {
+    fn drop(&mut self) {
+        std::mem::forget(self.0.take());
     }
 }
 
@@ -304,6 +323,7 @@ impl Reader {
         let deadline = asked.as_ref().map_or_else(|| Instant::now() + Duration::from_secs(10), |close| close.deadline);
         let flushing = async {
             self.write(&mut session, true).await?;
+            self.see_applied(&mut session).await?;
             if session.members.is_some() {
                 self.greet(&mut session, true).await;
             }
@@ -322,6 +342,33 @@ impl Reader {
         }
         drop(window);
         asked.map_or(End::Dropped, End::Closed)
+    }
+
+    /// Waits until the queues have applied what was written. Quorum queues take 32 settlements at a time, and those that a
+    /// channel still has to pass on are lost with it (tried on 4.0.5); what begins or ends a consumer goes through the queue's
+    /// log behind them. Where keys have an owner none may end here: its stand-by would overtake what is unsettled.
+    async fn see_applied(&self, session: &mut Session) -> Result<()> {
+        if session.acks.written() == 0 {
+            return Ok(());
+        }
+        for (slot, queue) in self.queues.iter().enumerate() {
+            if session.members.is_some() {
+                let mut arguments = FieldTable::default();
+                arguments.insert("x-priority".into(), AMQPValue::LongLongInt(i64::MIN / 2));
+                let tag = crate::error::short(format!("tidings-{slot}-last"))?;
+                let options = BasicConsumeOptions::default();
+                let last =
+                    session.channel.basic_consume(queue.clone(), tag, options, arguments).await.map_err(failed)?;
+                if let Some(consumers) = &mut session.consumers {
+                    // Kept like the others: dropped, it would be cancelled.
+                    consumers.push(last.map(move |came| (slot, u32::MAX, Some(came))).boxed());
+                }
+            } else {
+                let tag = tag_of(slot, session.current[slot])?;
+                session.channel.basic_cancel(tag, BasicCancelOptions::default()).await.map_err(failed)?;
+            }
+        }
+        Ok(())
     }
 
     // ---- Who else is there ----

@@ -2,12 +2,12 @@
 
 use crate::error::{error, failed};
 use crate::link::Link;
-use crate::reader::write_frames;
+use crate::reader::{now_us, write_frames};
 use crate::settle::{Acks, Desk};
 use crate::subscription::{Close, RabbitMqSubscription};
 use crate::topology::Topology;
-use crate::window::{Item, Told, Window};
-use crate::wire::{Received, count, decode};
+use crate::window::{Item, OF_QUEUES, Told, Window};
+use crate::wire::{Received, SENT, count, decode};
 use futures_util::FutureExt;
 use futures_util::stream::{BoxStream, SelectAll, StreamExt};
 use lapin::message::Delivery;
@@ -24,6 +24,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 /// A message that nobody is to see: where a replay ends that began when it was sent.
 const END: &str = "tidings-replay-end";
+/// How far the clocks of the server and of those who publish may be apart, in seconds.
+const CLOCKS: u64 = 60;
 const AGAIN: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 
 /// A replay that can be opened.
@@ -74,6 +76,11 @@ impl Replay {
                        then on can";
             let names: Vec<_> = spec.topics.iter().map(ToString::to_string).collect();
             return Err(error(ErrorKind::Unsupported, why).with_context("topics", names.join(", ")));
+        }
+        if matches!(spec.from, ReplayFrom::Position(position) if position >= OF_QUEUES) {
+            let why =
+                "a position in a queue says nothing of the topic's log; replay from a position that a replay has told";
+            return Err(error(ErrorKind::Unsupported, why));
         }
         if matches!(spec.from, ReplayFrom::Position(_)) && topics.len() > 1 {
             let why = "each topic has positions of its own; replay from a position one topic at a time";
@@ -151,8 +158,10 @@ impl Replay {
             (None, ReplayFrom::Beginning) => AMQPValue::LongString("first".into()),
             (None, ReplayFrom::Position(at)) => AMQPValue::LongLongInt(i64::try_from(at).unwrap_or(i64::MAX)),
             (None, ReplayFrom::Time(time)) => {
+                // What marks the end has to come behind it, whatever the clocks say; what is too early is passed over.
+                let now = u64::try_from(now_us()).unwrap_or_default() / 1_000_000;
                 let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-                AMQPValue::Timestamp(since.as_secs())
+                AMQPValue::Timestamp(since.as_secs().min(now.saturating_sub(CLOCKS)))
             }
         }
     }
@@ -314,8 +323,19 @@ fn mark_of(delivery: &Delivery) -> Option<String> {
     }
 }
 
-/// Whether it was published before `time`, as far as it says.
+/// Notes when a message is published, or due after `delay`.
+pub(crate) fn sent(properties: BasicProperties, delay: Duration) -> BasicProperties {
+    let mut headers = properties.headers().clone().unwrap_or_default();
+    let due = now_us().saturating_add(i64::try_from(delay.as_micros()).unwrap_or(i64::MAX));
+    headers.insert(SENT.into(), AMQPValue::LongLongInt(due));
+    properties.with_headers(headers)
+}
+
+/// Whether it was published, or due, before `time`, as far as it says.
 fn published_before(delivery: &Delivery, time: SystemTime) -> bool {
+    if let Some(sent) = count(&delivery.properties, SENT) {
+        return SystemTime::UNIX_EPOCH + Duration::from_micros(sent) < time;
+    }
     let headers = delivery.properties.headers().as_ref();
     let recorded = headers.and_then(|headers| headers.inner().get("cloudEvents_recordedtime"));
     let recorded = recorded.and_then(AMQPValue::as_long_string).map(ToString::to_string);

@@ -141,7 +141,7 @@ impl RabbitMqTransport {
                        hold_at_most, or raise the server's consumer_timeout and `consumer_timeout_ms`";
             return Err(error(ErrorKind::Unsupported, why));
         }
-        let queues = self.topology.subscribe(&spec).await?;
+        let queues = self.publishing.patiently(|| self.topology.subscribe(&spec)).await?;
         let desk = Desk::new(Window::new(spec.ordering == Ordering::Key, spec.max_in_flight));
         let reader = Reader {
             spec,
@@ -152,7 +152,7 @@ impl RabbitMqTransport {
             events: self.events.clone(),
             desk: Arc::clone(&desk),
         };
-        let first = reader.open().await?;
+        let first = self.consuming.patiently(|| reader.open()).await?;
         let (close, closing) = mpsc::channel(1);
         tokio::spawn(reader.run(first, closing));
         Ok(RabbitMqSubscription::new(desk, Arc::clone(&self.consuming), close, false))
@@ -167,6 +167,7 @@ pub fn capabilities(config: &RabbitMqConfig) -> Capabilities {
     can.publish_delay = true;
     can.key_ordering = true;
     can.slots = true;
+    can.sharing = true;
     can.replay = true;
     can.counts_hand_outs = true;
     can.max_payload = config.max_payload();
@@ -187,7 +188,7 @@ impl Transport for RabbitMqTransport {
     async fn provision(&self, topology: &transport::Topology) -> Result<()> {
         let about = |error: tidings_core::Error| error.with_operation("provision");
         self.check().map_err(about)?;
-        self.topology.provision(topology).await.map_err(about)
+        self.publishing.patiently(|| self.topology.provision(topology)).await.map_err(about)
     }
 
     fn publisher(&self) -> Arc<dyn Publisher> {
@@ -207,8 +208,11 @@ impl Transport for RabbitMqTransport {
     async fn replay(&self, spec: ReplaySpec) -> Result<Box<dyn Subscription>> {
         let about = |error: tidings_core::Error| error.with_operation("replay");
         self.check().map_err(about)?;
-        let replay = Replay::new(spec, &self.consuming, &self.publishing, &self.topology).await.map_err(about)?;
-        Ok(Box::new(replay.open().await.map_err(about)?))
+        let (spec, this) = (&spec, self);
+        let opened = self.publishing.patiently(move || async move {
+            Replay::new(spec.clone(), &this.consuming, &this.publishing, &this.topology).await?.open().await
+        });
+        Ok(Box::new(opened.await.map_err(about)?))
     }
 
     async fn dead_letters(&self, subscription: &SubscriptionName) -> Result<Arc<dyn DeadLetters>> {

@@ -9,6 +9,8 @@ use tokio::time::Instant;
 
 /// Bits of a tag's number that hold the position; the others hold the slot.
 const POSITION_BITS: u32 = 48;
+/// The first position that is given to a message of a queue; those of a stream, its offsets, are below.
+pub(crate) const OF_QUEUES: u64 = 1 << (POSITION_BITS - 1);
 /// How many messages that went elsewhere, and may come back, keep their positions.
 const REMEMBERED: usize = 10_000;
 
@@ -93,7 +95,7 @@ fn identity(message: &Message) -> Identity {
 
 impl Window {
     pub(crate) fn new(ordered: bool, max: usize) -> Self {
-        Self { ordered, max, ..Self::default() }
+        Self { ordered, max, next_position: OF_QUEUES, ..Self::default() }
     }
 
     pub(crate) fn epoch(&self) -> u32 {
@@ -392,7 +394,7 @@ mod tests {
         come(&mut window, &[("2", "a"), ("1", "a"), ("9", "a")], true);
         let again = all(&mut window);
         let places: Vec<_> = again.iter().map(|(_, tag)| tag.seq).collect();
-        assert_eq!(places, [out[1].1.seq, out[2].1.seq, number((4, 0))]);
+        assert_eq!(places, [out[1].1.seq, out[2].1.seq, number((OF_QUEUES + 4, 0))]);
         assert!(!window.is_live(out[1].1) && window.is_live(again[0].1));
         assert!(!window.settle(out[1].1, Settlement::Ack));
         assert!(window.told.is_empty() && matches!(window.notices[..], [Notice::Leases]));

@@ -21,6 +21,8 @@ const TOPIC: &str = "tidings-topic";
 const ALL: &str = "tidings-headers";
 /// Where a dead letter stands among the others.
 pub(crate) const DEAD_POSITION: &str = "tidings-dead-position";
+/// When it was published, or is due, in microseconds since 1970; written where `recordedtime` does not say that.
+pub(crate) const SENT: &str = "tidings-sent";
 /// Persistent, as AMQP 0-9-1 writes it.
 const PERSISTENT: u8 = 2;
 /// Headers and properties travel in one frame of 128 KiB.
