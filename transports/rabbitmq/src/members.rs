@@ -118,7 +118,9 @@ mod tests {
     fn meet(members: &mut [Members]) {
         let greetings: Vec<_> = members.iter().map(|member| member.greeting(false)).collect();
         for member in members {
-            greetings.iter().for_each(|greeting| drop(member.heard(greeting.clone(), Instant::now())));
+            for greeting in &greetings {
+                member.heard(greeting.clone(), Instant::now());
+            }
         }
     }
 

@@ -287,7 +287,10 @@ impl Reader {
             }
             next_one = next(&mut session.consumers).now_or_never().flatten();
         }
-        items.iter().for_each(|item| session.acks.came(item.tag));
+        for item in &items {
+            session.acks.came(item.tag);
+            session.due.remove(&(item.slot as usize));
+        }
         let mut window = self.desk.window.lock();
         for item in items {
             let position = window.position(&item);
@@ -402,9 +405,7 @@ impl Reader {
         let mut taken = false;
         for slot in due {
             let since = *session.due.entry(slot).or_insert_with(Instant::now);
-            // What is open here keeps its owner; it is not this instance's fault if it is its own.
-            let open = self.desk.window.lock().has_of(u32::try_from(slot).unwrap_or(u32::MAX));
-            if since.elapsed() >= SETTLED && !open {
+            if since.elapsed() >= SETTLED && self.has_let_go(session, slot).await? {
                 self.take_slot(session, slot).await?;
                 taken = true;
             }
@@ -416,11 +417,34 @@ impl Reader {
         Ok(())
     }
 
+    /// Whether nothing of a slot is here or on its way here: else its consumer must stay, or others would overtake that.
+    async fn has_let_go(&self, session: &mut Session, slot: usize) -> Result<bool> {
+        let number = u32::try_from(slot).unwrap_or(u32::MAX);
+        if self.desk.window.lock().has_of(number) {
+            return Ok(false);
+        }
+        // What was sent before the answer to this has come before it.
+        let prefetch = u16::try_from(session.prefetch / self.queues.len() as u64).unwrap_or(u16::MAX);
+        session.channel.basic_qos(prefetch, BasicQosOptions::default()).await.map_err(failed)?;
+        self.take_in_all(session)?;
+        // What has come since shows that it is the active one still.
+        Ok(session.due.contains_key(&slot) && !self.desk.window.lock().has_of(number))
+    }
+
+    /// Takes in what has come, without waiting for more.
+    fn take_in_all(&self, session: &mut Session) -> Result<()> {
+        while let Some(Some(came)) = next(&mut session.consumers).now_or_never() {
+            self.take_in(session, Some(came))?;
+        }
+        Ok(())
+    }
+
     /// Takes a slot from another instance: the broker gives it once that one has settled what it has.
     async fn take_slot(&self, session: &mut Session, slot: usize) -> Result<()> {
         let old = tag_of(slot, session.current[slot])?;
         session.current[slot] += 1;
         session.channel.basic_cancel(old, BasicCancelOptions::default()).await.map_err(failed)?;
+        self.take_in_all(session)?;
         if let Some(members) = session.members.as_mut() {
             members.take(slot, now_us());
         }
@@ -512,9 +536,8 @@ pub(crate) async fn write_frames(channel: &Channel, frames: &[Frame]) -> Result<
     let Some((last, others)) = frames.split_last() else { return Ok(()) };
     for frame in others {
         // The first poll queues it; what it waits for is that it was written, and so was what follows.
-        match Box::pin(write_frame(channel, *frame)).as_mut().now_or_never() {
-            Some(Err(failure)) => return Err(failed(failure)),
-            Some(Ok(())) | None => {}
+        if let Some(Err(failure)) = write_frame(channel, *frame).now_or_never() {
+            return Err(failed(failure));
         }
     }
     write_frame(channel, *last).await.map_err(failed)

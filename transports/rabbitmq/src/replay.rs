@@ -225,9 +225,9 @@ impl Replay {
         let mut window = self.desk.window.lock();
         let written = session.acks.written();
         if flushed {
-            window.flushed.applied += written
+            window.flushed.applied += written;
         } else {
-            window.flushed.unknown += written
+            window.flushed.unknown += written;
         }
         window.closed = true;
         drop(window);

@@ -139,7 +139,8 @@ fn bytes(value: &[u8]) -> AMQPValue {
 /// What the broker adds, or would take for instructions: never shown, never sent.
 fn is_brokers(name: &str) -> bool {
     const PREFIXES: [&str; 3] = ["x-death", "x-first-death-", "x-last-death-"];
-    const NAMES: [&str; 6] = ["CC", "BCC", "x-delivery-count", "x-acquired-count", "x-stream-offset", DEAD_POSITION];
+    const NAMES: [&str; 7] =
+        ["CC", "BCC", "x-delivery-count", "x-acquired-count", "x-stream-offset", DEAD_POSITION, SENT];
     PREFIXES.iter().any(|prefix| name.starts_with(prefix)) || NAMES.contains(&name) || matches!(name, TOPIC | ALL)
 }
 
