@@ -22,12 +22,15 @@ use std::time::Duration;
 use tidings_core::transport::{Destination, Fate, Outgoing, Publisher, Receipt};
 use tidings_core::{Error, ErrorKind, MessageId, Result};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, interval, sleep, timeout_at};
 
 /// How long a confirm waits that came with another message's return: its own may be on the way.
 const SECOND_LOOK: Duration = Duration::from_millis(5);
 /// How often what waits for a connection is looked through for what nobody waits for any more.
 const SWEEP: Duration = Duration::from_millis(250);
+
+/// How long the client may take to say that what it had sent on a lost channel has failed.
+const LANDING: Duration = Duration::from_secs(1);
 
 /// The publisher of one transport; clones are the same.
 #[derive(Clone)]
@@ -341,6 +344,8 @@ impl Owner {
     /// Publishes until the channel fails, or (`false`) until nobody publishes any more.
     async fn publish(&mut self, channel: &Channel) -> bool {
         let mut taken = Vec::with_capacity(self.window);
+        // What flew when a connection was lost does not always land.
+        let mut look_again = interval(SWEEP);
         loop {
             if !channel.status().connected() {
                 return self.drain_failed().await;
@@ -366,7 +371,7 @@ impl Owner {
                     self.waiting.extend(taken.drain(..));
                     continue;
                 }
-                () = sleep(SWEEP), if blocked => None,
+                _ = look_again.tick() => None,
                 () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => None,
             };
             self.land(landed);
@@ -375,7 +380,7 @@ impl Owner {
 
     /// All that fly on a channel that has failed fail with it.
     async fn drain_failed(&mut self) -> bool {
-        while let Ok(Some(landed)) = tokio::time::timeout(self.timeout, self.flying.next()).await {
+        while let Ok(Some(landed)) = tokio::time::timeout(LANDING, self.flying.next()).await {
             self.land(Some(landed));
         }
         self.flying.clear();
