@@ -128,6 +128,7 @@ impl RabbitMqDeadLetters {
         }
         // Goes through the queue's log behind what was deleted, which is applied then.
         channel.basic_cancel("letters".into(), BasicCancelOptions::default()).await.map_err(failed)?;
+        channel.basic_qos(1, BasicQosOptions::default()).await.map_err(failed)?;
         Ok(deleted)
     }
 

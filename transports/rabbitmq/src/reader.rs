@@ -371,7 +371,9 @@ impl Reader {
                 session.channel.basic_cancel(tag, BasicCancelOptions::default()).await.map_err(failed)?;
             }
         }
-        Ok(())
+        // By the time this is answered the channel has passed on what it had kept back.
+        let prefetch = u16::try_from(session.prefetch).unwrap_or(u16::MAX);
+        session.channel.basic_qos(prefetch, BasicQosOptions::default()).await.map_err(failed)
     }
 
     // ---- Who else is there ----

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 /// How long an ack waits for those before it, with which it is one frame.
-const LINGER: Duration = Duration::from_millis(5);
+const LINGER: Duration = Duration::from_millis(2);
 
 /// A window, and who is told when something in it was settled.
 pub(crate) struct Desk {
