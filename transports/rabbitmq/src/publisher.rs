@@ -346,11 +346,19 @@ impl Owner {
         let mut taken = Vec::with_capacity(self.window);
         // What flew when a connection was lost does not always land.
         let mut look_again = interval(SWEEP);
+        let mut landed_last = Instant::now();
         loop {
             if !channel.status().connected() {
                 return self.drain_failed().await;
             }
             let blocked = self.link.is_blocked();
+            if blocked || self.flying.is_empty() {
+                landed_last = Instant::now();
+            } else if landed_last.elapsed() > self.timeout {
+                // The server has forgotten them; on another channel they can be sent again.
+                drop(tokio::time::timeout(LANDING, channel.close(200, "no confirms".into())).await);
+                return self.drain_failed().await;
+            }
             if blocked {
                 self.sweep(Instant::now());
             }
@@ -374,6 +382,9 @@ impl Owner {
                 _ = look_again.tick() => None,
                 () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => None,
             };
+            if landed.is_some() {
+                landed_last = Instant::now();
+            }
             self.land(landed);
         }
     }

@@ -149,14 +149,14 @@ impl Reader {
         if round > 0 {
             sleep(AGAIN.delay(round)).await;
         }
-        let session = self.open().await;
-        if let Err(error) = &session
-            && error.kind() == ErrorKind::NotFound
-        {
-            // Somebody has deleted it.
-            self.topology.restore(&self.spec).await?;
-            return self.open().await;
-        }
+        let session = match self.open().await {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // Somebody has deleted it.
+                self.topology.restore(&self.spec).await?;
+                self.open().await
+            }
+            session => session,
+        };
         session.inspect(|_| self.events.tell(BusEvent::Connected))
     }
 
