@@ -20,8 +20,8 @@ const DELIVERY_LIMIT: i64 = 100_000;
 /// How long the stream of a retained topic keeps what it has, unless the topic says.
 const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A server that is killed right after it has created a quorum queue may not know the queue any more: it writes the names of
-/// its queues half a second after the last change (`auto_save` in Ra's `ra_directory.erl`; tried on 4.0.5).
-const REMEMBERED: Duration = Duration::from_millis(750);
+/// its queues up to a second after the last change (two rounds of `auto_save` in Ra's `ra_directory.erl`; tried on 4.0.5).
+const REMEMBERED: Duration = Duration::from_millis(1_250);
 /// How many levels of the delay chain are created at first: delays of up to a minute.
 const FIRST_LEVELS: usize = 11;
 /// A stream forgets by whole segments.
