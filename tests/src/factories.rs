@@ -1,7 +1,8 @@
 //! The transports of this repository, as the conformance suite takes them.
 
 use crate::proxy::Proxy;
-use crate::server::Server;
+pub use crate::rabbitmq::RabbitMq;
+use crate::server::{OnDemand, Server, kill_and_restart};
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, Weak};
 use tidings::memory::{MemoryConfig, MemoryTransport};
@@ -10,9 +11,6 @@ use tidings_conformance::{Broker, Factory};
 use tidings_core::{Connect, Error, ErrorKind, Result};
 use tidings_directory::DirectoryConfig;
 use tidings_nats::{NatsConfig, NatsTransport};
-
-/// Names a server to use in place of one of its own.
-const NATS_URL: &str = "TIDINGS_TEST_NATS_URL";
 
 /// The example of a transport: a directory of files for each case.
 #[derive(Clone, Debug, Default)]
@@ -121,26 +119,13 @@ impl Broker for MemoryBroker {
     }
 }
 
-/// NATS JetStream: a server of its own, or the one that `TIDINGS_TEST_NATS_URL` names, which is not restarted.
-#[derive(Debug, Default)]
-pub struct Nats {
-    server: Mutex<Option<Arc<Server>>>,
-}
+/// NATS JetStream.
+#[derive(Debug)]
+pub struct Nats(OnDemand);
 
-impl Nats {
-    /// The URL, and the server if it was started for this.
-    fn server(&self) -> Result<(String, Option<Arc<Server>>)> {
-        if let Ok(url) = std::env::var(NATS_URL) {
-            return Ok((url, None));
-        }
-        let mut server = self.server.lock().expect("no panic inside");
-        if server.is_none() {
-            let started = Server::start("nats");
-            let why = "no server could be started";
-            *server = Some(Arc::new(started.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?));
-        }
-        let url = server.as_ref().map(|server| server.url().to_owned()).unwrap_or_default();
-        Ok((url, server.clone()))
+impl Default for Nats {
+    fn default() -> Self {
+        Self(OnDemand::new("nats"))
     }
 }
 
@@ -158,7 +143,7 @@ impl Factory for Nats {
     }
 
     async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
-        let (url, started) = tokio::task::block_in_place(|| self.server())?;
+        let (url, started) = self.0.get()?;
         let mut config = NatsConfig::from_url(&url)?;
         namespace.clone_into(&mut config.namespace);
         // What a dead instance left open comes back soon enough for a test.
@@ -176,7 +161,7 @@ impl Factory for Nats {
     }
 
     fn cannot_restart(&self) -> Option<&'static str> {
-        std::env::var(NATS_URL).is_ok().then_some("the server that TIDINGS_TEST_NATS_URL names is not ours to restart")
+        self.0.cannot_restart()
     }
 }
 
@@ -201,11 +186,7 @@ impl Broker for NatsBroker {
     }
 
     async fn restart(&self) -> Result<()> {
-        if let Some(server) = &self.server {
-            let restarted = tokio::task::block_in_place(|| server.kill().and_then(|()| server.up()));
-            let why = "the server does not come back";
-            restarted.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?;
-        }
+        kill_and_restart(self.server.as_ref())?;
         loop {
             match NatsTransport::connect(self.config.clone()).await {
                 Ok(transport) => {

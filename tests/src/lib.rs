@@ -4,6 +4,7 @@ pub mod broken;
 pub mod factories;
 pub mod faulty;
 pub mod proxy;
+mod rabbitmq;
 pub mod server;
 pub mod sim;
 

@@ -5,6 +5,8 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use tidings_core::{Error, ErrorKind, Result};
 
 /// A broker that was started for this process; dropped, it is stopped and its data removed.
 #[derive(Debug)]
@@ -104,4 +106,65 @@ fn output(command: &mut Command) -> io::Result<String> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(io::Error::other(said.lines().collect::<Vec<_>>().join("; ")))
+}
+
+/// A server of a suite's own, started when it is first asked for; or the one that `TIDINGS_TEST_<BROKER>_URL` names, which is
+/// not ours to restart.
+#[derive(Debug)]
+pub struct OnDemand {
+    broker: &'static str,
+    started: Mutex<Option<Arc<Server>>>,
+}
+
+impl OnDemand {
+    /// Of `nats`, `rabbitmq` or `kafka`.
+    #[must_use]
+    pub const fn new(broker: &'static str) -> Self {
+        Self { broker, started: Mutex::new(None) }
+    }
+
+    fn named(&self) -> Option<String> {
+        std::env::var(format!("TIDINGS_TEST_{}_URL", self.broker.to_uppercase())).ok()
+    }
+
+    /// Its URL, and the server if it was started here. Blocks until it answers.
+    ///
+    /// # Errors
+    /// It cannot be installed or started.
+    ///
+    /// # Panics
+    /// If a test panicked in it.
+    pub fn get(&self) -> Result<(String, Option<Arc<Server>>)> {
+        if let Some(url) = self.named() {
+            return Ok((url, None));
+        }
+        tokio::task::block_in_place(|| {
+            let mut started = self.started.lock().expect("no panic inside");
+            let server = match &*started {
+                Some(server) => Arc::clone(server),
+                None => Arc::new(Server::start(self.broker).map_err(failed)?),
+            };
+            *started = Some(Arc::clone(&server));
+            Ok((server.url().to_owned(), Some(server)))
+        })
+    }
+
+    /// Why it cannot be restarted; `None` if it can.
+    #[must_use]
+    pub fn cannot_restart(&self) -> Option<&'static str> {
+        self.named().map(|_| "the server that the environment names is not ours to restart")
+    }
+}
+
+/// Kills it with -9 and starts it again. Blocks until it answers.
+///
+/// # Errors
+/// It does not start.
+pub fn kill_and_restart(server: Option<&Arc<Server>>) -> Result<()> {
+    let Some(server) = server else { return Ok(()) };
+    tokio::task::block_in_place(|| server.kill().and_then(|()| server.up())).map_err(failed)
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::new(ErrorKind::Connection, "no server could be started").with_source(error)
 }
