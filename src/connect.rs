@@ -35,6 +35,8 @@ fn compiled_in(transport: &'static str) -> Result<&'static str> {
         "memory" => Ok(transport),
         #[cfg(feature = "nats")]
         "nats" => Ok(transport),
+        #[cfg(feature = "rabbitmq")]
+        "rabbitmq" => Ok(transport),
         // A feature of a transport that is not released yet does not exist; the text is the same then.
         _ => {
             let why =
@@ -66,6 +68,8 @@ impl Config {
             "memory" => self.memory(),
             #[cfg(feature = "nats")]
             "nats" => Ok(tidings_nats::NatsTransport::connect(self.nats()?).await?),
+            #[cfg(feature = "rabbitmq")]
+            "rabbitmq" => Ok(tidings_rabbitmq::RabbitMqTransport::connect(self.rabbitmq()?).await?),
             other => Err(Error::new(ErrorKind::Internal, format!("transport `{other}` has no connector"))),
         }
     }
@@ -100,6 +104,18 @@ impl Config {
         }
         Ok(config)
     }
+
+    #[cfg(feature = "rabbitmq")]
+    fn rabbitmq(&self) -> Result<tidings_rabbitmq::RabbitMqConfig> {
+        let mut config: tidings_rabbitmq::RabbitMqConfig = self.section("rabbitmq")?;
+        if let Some(url) = &self.url {
+            config = config.with_url(url)?;
+        }
+        if let Some(namespace) = &self.namespace {
+            config.namespace.clone_from(namespace);
+        }
+        Ok(config)
+    }
 }
 
 impl Config {
@@ -116,6 +132,8 @@ impl Config {
                 self.section::<tidings_nats::NatsConfig>(name)?;
                 Ok(Some(tidings_nats::capabilities()))
             }
+            #[cfg(feature = "rabbitmq")]
+            "rabbitmq" => Ok(Some(tidings_rabbitmq::capabilities(&self.section(name)?))),
             _ => Ok(None),
         }
     }

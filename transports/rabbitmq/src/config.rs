@@ -50,7 +50,7 @@ pub struct RabbitMqConfig {
     /// The virtual host. Default: `/`.
     pub vhost: String,
     /// Who connects. Default: `guest`, whom a server lets in from its own machine only.
-    pub username: String,
+    pub user: String,
     /// The user's password. Default: `guest`; none is sent with `external`.
     pub password: Secret,
     /// Prefixes all names: topics and subscriptions of different namespaces never meet. Default: empty.
@@ -58,13 +58,13 @@ pub struct RabbitMqConfig {
     /// Encrypts, and verifies the server's certificate and name. Default: false.
     pub tls: bool,
     /// Lets the connection go unencrypted to another machine. Default: false.
-    pub insecure_plaintext: bool,
+    pub allow_plaintext: bool,
     /// Certificates, in PEM, of the authorities that are trusted beside the system's. Default: none.
-    pub ca_file: Option<PathBuf>,
+    pub tls_ca_file: Option<PathBuf>,
     /// The certificate chain, in PEM, that this client shows. Default: none.
-    pub client_cert_file: Option<PathBuf>,
+    pub tls_cert_file: Option<PathBuf>,
     /// The key of that certificate, in PEM (PKCS 8). Default: none.
-    pub client_key: Option<Secret>,
+    pub tls_key: Option<Secret>,
     /// Who connects is told by the client's certificate (SASL EXTERNAL), not by name and password. Default: false.
     pub external: bool,
     /// After twice this long without a sign of the server the connection is dead, in seconds, 1 to 60. Default: 10.
@@ -92,14 +92,14 @@ impl Default for RabbitMqConfig {
             host: "localhost".into(),
             port: None,
             vhost: "/".into(),
-            username: "guest".into(),
+            user: "guest".into(),
             password: "guest".into(),
             namespace: String::new(),
             tls: false,
-            insecure_plaintext: false,
-            ca_file: None,
-            client_cert_file: None,
-            client_key: None,
+            allow_plaintext: false,
+            tls_ca_file: None,
+            tls_cert_file: None,
+            tls_key: None,
             external: false,
             heartbeat_s: 10,
             timeout_ms: 10_000,
@@ -120,34 +120,42 @@ impl RabbitMqConfig {
     /// # Errors
     /// [`ErrorKind::Config`] for another scheme, an unknown key or a malformed value, each by name, and never by its value.
     pub fn from_url(url: &str) -> Result<Self> {
+        Self::default().with_url(url)
+    }
+
+    /// The same, on the server and with the settings that `url` names, as [`from_url`](Self::from_url) reads them.
+    ///
+    /// # Errors
+    /// As [`from_url`](Self::from_url).
+    pub fn with_url(mut self, url: &str) -> Result<Self> {
         let (scheme, rest) = url.split_once("://").unwrap_or(("", ""));
         let tls = match scheme {
             "amqp" => false,
             "amqps" => true,
             _ => return Err(invalid("the url must start with `amqp://` or `amqps://`")),
         };
-        let mut config = Self { tls, ..Self::default() };
+        self.tls = tls;
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, vhost) = rest.split_once('/').unwrap_or((rest, ""));
         if !vhost.is_empty() {
-            config.vhost = decoded("vhost", vhost)?;
+            self.vhost = decoded("vhost", vhost)?;
         }
         let (user, address) =
             authority.rsplit_once('@').map_or((None, authority), |(user, address)| (Some(user), address));
         if let Some(user) = user {
-            config.set_user(user)?;
+            self.set_user(user)?;
         }
-        config.set_address(address)?;
+        self.set_address(address)?;
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            config.set(key, &decoded("query", value)?)?;
+            self.set(key, &decoded("query", value)?)?;
         }
-        Ok(config)
+        Ok(self)
     }
 
     fn set_user(&mut self, user: &str) -> Result<()> {
         let (name, password) = user.split_once(':').map_or((user, None), |(name, password)| (name, Some(password)));
-        self.username = decoded("user", name)?;
+        self.user = decoded("user", name)?;
         if let Some(password) = password {
             self.password = decoded("password", password)?.into();
         }
@@ -170,11 +178,11 @@ impl RabbitMqConfig {
     fn set(&mut self, key: &str, value: &str) -> Result<()> {
         match key {
             "namespace" => value.clone_into(&mut self.namespace),
-            "insecure_plaintext" => self.insecure_plaintext = flag(key, value)?,
+            "allow_plaintext" => self.allow_plaintext = flag(key, value)?,
             "external" => self.external = flag(key, value)?,
-            "ca_file" => self.ca_file = Some(value.into()),
-            "client_cert_file" => self.client_cert_file = Some(value.into()),
-            "client_key_file" => self.client_key = Some(Secret::from_file(value)),
+            "tls_ca_file" => self.tls_ca_file = Some(value.into()),
+            "tls_cert_file" => self.tls_cert_file = Some(value.into()),
+            "tls_key_file" => self.tls_key = Some(Secret::from_file(value)),
             "heartbeat_s" => self.heartbeat_s = number(key, value)?,
             "timeout_ms" => self.timeout_ms = number(key, value)?,
             "publish_channels" => self.publish_channels = number(key, value)?,
@@ -190,7 +198,7 @@ impl RabbitMqConfig {
                 }
             }
             _ => {
-                let known = "namespace, insecure_plaintext, external, ca_file, client_cert_file, client_key_file, heartbeat_s, \
+                let known = "namespace, allow_plaintext, external, tls_ca_file, tls_cert_file, tls_key_file, heartbeat_s, \
                              timeout_ms, provision, publish_channels, publish_window, max_message_size, consumer_timeout_ms";
                 let shown = key.chars().take(40).filter(|c| !c.is_control()).collect::<String>();
                 return Err(invalid(format!("unknown key `{shown}` in the url; known are {known}")));
@@ -229,18 +237,18 @@ impl RabbitMqConfig {
         if self.publish_window == 0 || self.timeout_ms == 0 || self.consumer_timeout_ms == 0 {
             return refuse("publish_window, timeout_ms, consumer_timeout_ms", "must be at least 1");
         }
-        if !self.tls && !self.insecure_plaintext && !is_loopback(&self.host) {
-            let why = "the connection to another machine would not be encrypted; use amqps://, or say `insecure_plaintext = true`";
+        if !self.tls && !self.allow_plaintext && !is_loopback(&self.host) {
+            let why = "the connection to another machine would not be encrypted; use amqps://, or say `allow_plaintext = true`";
             return refuse("tls", why);
         }
-        if !self.tls && (self.external || self.ca_file.is_some() || self.client_cert_file.is_some()) {
+        if !self.tls && (self.external || self.tls_ca_file.is_some() || self.tls_cert_file.is_some()) {
             return refuse("tls", "certificates need TLS; use amqps://");
         }
-        if self.client_cert_file.is_some() != self.client_key.is_some() {
-            return refuse("client_key", "a client's certificate needs its key, and a key its certificate");
+        if self.tls_cert_file.is_some() != self.tls_key.is_some() {
+            return refuse("tls_key", "a client's certificate needs its key, and a key its certificate");
         }
-        if self.external && self.client_cert_file.is_none() {
-            return refuse("external", "needs `client_cert_file` and `client_key`");
+        if self.external && self.tls_cert_file.is_none() {
+            return refuse("external", "needs `tls_cert_file` and `tls_key`");
         }
         Ok(())
     }
@@ -250,7 +258,7 @@ impl RabbitMqConfig {
         let scheme = if self.tls { AMQPScheme::AMQPS } else { AMQPScheme::AMQP };
         let port = self.port.unwrap_or(if self.tls { 5671 } else { 5672 });
         let password = if self.external { String::new() } else { self.password.read()?.expose_secret().to_owned() };
-        let userinfo = AMQPUserInfo { username: self.username.clone(), password };
+        let userinfo = AMQPUserInfo { username: self.user.clone(), password };
         let mechanism = if self.external { SASLMechanism::External } else { SASLMechanism::Plain };
         let query = AMQPQueryString {
             heartbeat: Some(self.heartbeat_s),
@@ -269,8 +277,8 @@ impl RabbitMqConfig {
                 invalid("the file cannot be read").with_context("file", path.display()).with_source(error)
             })
         };
-        let cert_chain = self.ca_file.as_ref().map(read).transpose()?;
-        let identity = match (&self.client_cert_file, &self.client_key) {
+        let cert_chain = self.tls_ca_file.as_ref().map(read).transpose()?;
+        let identity = match (&self.tls_cert_file, &self.tls_key) {
             (Some(cert), Some(key)) => {
                 let key = key.read()?.expose_secret().as_bytes().to_vec();
                 Some(OwnedIdentity::PKCS8 { pem: read(cert)?.into_bytes(), key })
@@ -330,7 +338,7 @@ mod tests {
         let url = "amqps://sh%40p:p%2fw@[::1]:1234/a%2fb?namespace=test&provision=verify&timeout_ms=5&external=false";
         let config = RabbitMqConfig::from_url(url).unwrap();
         assert_eq!((config.host.as_str(), config.port, config.vhost.as_str()), ("::1", Some(1234), "a/b"));
-        assert_eq!((config.username.as_str(), config.tls), ("sh@p", true));
+        assert_eq!((config.user.as_str(), config.tls), ("sh@p", true));
         assert_eq!(config.password.read().unwrap().expose_secret(), "p/w");
         assert_eq!((config.namespace.as_str(), config.provision), ("test", Provision::Verify));
         let config = RabbitMqConfig::from_url("amqp://").unwrap();
@@ -360,11 +368,11 @@ mod tests {
     fn what_is_not_encrypted_stays_on_this_machine() {
         let check = |url: &str| RabbitMqConfig::from_url(url).unwrap().check();
         for fine in
-            ["amqp://localhost", "amqp://127.0.0.1", "amqp://[::1]", "amqps://mq", "amqp://mq?insecure_plaintext=true"]
+            ["amqp://localhost", "amqp://127.0.0.1", "amqp://[::1]", "amqps://mq", "amqp://mq?allow_plaintext=true"]
         {
             check(fine).unwrap();
         }
-        for bad in ["amqp://mq", "amqp://10.0.0.1", "amqps://mq?external=true", "amqp://localhost?client_cert_file=x"] {
+        for bad in ["amqp://mq", "amqp://10.0.0.1", "amqps://mq?external=true", "amqp://localhost?tls_cert_file=x"] {
             assert_eq!(check(bad).unwrap_err().kind(), ErrorKind::Config, "{bad}");
         }
         assert!(check("amqp://localhost?namespace=A").is_err());

@@ -101,7 +101,7 @@ impl RabbitMqTransport {
     pub async fn connect(config: RabbitMqConfig) -> Result<Arc<Self>> {
         let about = |error: tidings_core::Error| error.with_operation("connect");
         config.check().map_err(about)?;
-        if config.insecure_plaintext && !config.tls {
+        if config.allow_plaintext && !config.tls {
             tracing::warn!("rabbitmq: the connection is not encrypted, as configured");
         }
         let (config, events) = (Arc::new(config), Events::default());
