@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use tidings_core::{Error, ErrorKind, Result};
 
 /// A broker that was started for this process; dropped, it is stopped and its data removed.
@@ -40,6 +40,26 @@ impl Server {
         let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
         server.up()?;
         server.url = server.run("url")?.trim().to_owned();
+        Ok(server)
+    }
+
+    /// One for all tests of this process that run at the same time; the last one to drop it stops it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    ///
+    /// # Panics
+    /// If a test panicked in it.
+    pub fn shared(broker: &'static str) -> io::Result<Arc<Self>> {
+        static SHARED: Mutex<Vec<(&str, Weak<Server>)>> = Mutex::new(Vec::new());
+        let mut shared = SHARED.lock().expect("no panic inside");
+        shared.retain(|(_, server)| server.strong_count() > 0);
+        let running = shared.iter().find(|(name, _)| *name == broker).and_then(|(_, server)| server.upgrade());
+        if let Some(server) = running {
+            return Ok(server);
+        }
+        let server = Arc::new(Self::start(broker)?);
+        shared.push((broker, Arc::downgrade(&server)));
         Ok(server)
     }
 

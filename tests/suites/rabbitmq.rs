@@ -1,21 +1,23 @@
-//! What only a real server can show, and the suite does not: runs if `TIDINGS_TEST_RABBITMQ_URL` names one.
+//! What only RabbitMQ can show, and the conformance suite does not.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidings_core::transport::{
     Destination, Ordering, Polled, Start, Subscription, SubscriptionSpec, Topology, Transport, submit_and_wait,
 };
 use tidings_core::{Clock, ErrorKind, Message, MessageId, SubscriptionName, Topic};
 use tidings_rabbitmq::{Provision, RabbitMqClient, RabbitMqConfig, RabbitMqTransport};
+use tidings_tests::server::Server;
 
-/// The server, and a namespace of this test.
-fn config(name: &str) -> Option<RabbitMqConfig> {
-    let url = std::env::var("TIDINGS_TEST_RABBITMQ_URL").ok()?;
-    let mut config = RabbitMqConfig::from_url(&url).unwrap();
+/// The server, and a namespace of this test on it.
+fn server(name: &str) -> (Arc<Server>, RabbitMqConfig) {
+    let server = Server::shared("rabbitmq").unwrap();
+    let mut config = RabbitMqConfig::from_url(server.url()).unwrap();
     config.namespace = format!("t{}-{name}", std::process::id());
-    Some(config)
+    (server, config)
 }
 
 fn message(text: &str) -> Message {
@@ -52,7 +54,7 @@ async fn next(subscription: &mut Box<dyn Subscription>) -> String {
 
 #[tokio::test]
 async fn what_is_refused_says_why_and_shows_no_secret() {
-    let Some(config) = config("refused") else { return };
+    let (_server, config) = server("refused");
     let connect = async |change: fn(&mut RabbitMqConfig)| {
         let mut config = config.clone();
         change(&mut config);
@@ -72,7 +74,7 @@ async fn what_is_refused_says_why_and_shows_no_secret() {
 
 #[tokio::test]
 async fn delays_are_neither_early_nor_blocked() {
-    let Some(config) = config("delays") else { return };
+    let (_server, config) = server("delays");
     let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
     let mut subscription = transport.subscribe(spec()).await.unwrap();
     let to = Destination::Subscription(spec().name);
@@ -96,7 +98,7 @@ async fn delays_are_neither_early_nor_blocked() {
 
 #[tokio::test]
 async fn a_queue_deleted_under_its_consumer_comes_back() {
-    let Some(config) = config("deleted") else { return };
+    let (_server, config) = server("deleted");
     let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
     let mut subscription = transport.subscribe(spec()).await.unwrap();
     let client = transport.native().downcast_ref::<RabbitMqClient>().unwrap();
@@ -114,7 +116,7 @@ async fn a_queue_deleted_under_its_consumer_comes_back() {
 
 #[tokio::test]
 async fn where_nobody_reads_is_counted_or_refused() {
-    let Some(mut config) = config("required") else { return };
+    let (_server, mut config) = server("required");
     config.required = vec!["test.a".into()];
     let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
     let post = |topic: &str| (Destination::Topic(Topic::new(topic).unwrap()), message("x"), None, false);
