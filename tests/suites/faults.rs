@@ -123,14 +123,19 @@ impl Log {
         self.until(&format!("{count} handled"), |runs| runs.distinct.len() >= count).await;
     }
 
-    /// How long from now until the next run begins, and one of what is published from now on, if not all `total` are.
+    /// How long from now until the next run begins, if not all `total` have begun.
+    async fn next(&self, total: u64) -> Duration {
+        let (begun, before) = (Instant::now(), self.lock().all.len());
+        self.until("one more handled", |runs| runs.all.len() > before || runs.have(total)).await;
+        begun.elapsed()
+    }
+
+    /// The same, and until the next run of what is published from now on.
     async fn recovers(&self, total: u64) -> Recovery {
         let (begun, before) = (Instant::now(), self.lock().all.len());
-        let over = |runs: &Runs| runs.distinct.len() as u64 >= total;
-        self.until("one more handled", |runs| runs.all.len() > before || over(runs)).await;
-        let handled = begun.elapsed();
+        let handled = self.next(total).await;
         let new = |run: &Run| run.published.is_some_and(|published| published > begun);
-        self.until("a new one handled", |runs| runs.all[before..].iter().any(new) || over(runs)).await;
+        self.until("a new one handled", |runs| runs.all[before..].iter().any(new) || runs.have(total)).await;
         Recovery { handled, new: begun.elapsed() }
     }
 
@@ -152,6 +157,10 @@ impl Log {
 }
 
 impl Runs {
+    fn have(&self, total: u64) -> bool {
+        self.distinct.len() as u64 >= total
+    }
+
     fn is_behind(&self) -> bool {
         self.confirmed > self.distinct.len() + AHEAD
     }
@@ -392,7 +401,9 @@ async fn weathered<F: Future<Output = ()>>(
     let running = instance(&bus, &log).await;
     let publishing = publish(&connect(place.proxied()).await, &log, 0..keys, rounds);
     meanwhile(bus.clone(), log.clone()).await;
+    let asked = Instant::now();
     let published = publishing.await.unwrap();
+    println!("{what}: {:.1?} of it for publishing after all", asked.elapsed());
     let repeats = log.settle(&published).await;
     println!(
         "{}, {what}: {} confirmed, {} not, in {:.1?}; {} repeats ({:.3} %), all marked",
@@ -413,7 +424,7 @@ async fn a_connection_cut_twenty_times_heals() {
     for kind in chosen() {
         let place = Place::open(kind).await;
         weathered("cut 20 times", &place, (100, 60), async |bus: Bus, log: Log| {
-            let mut events = bus.events();
+            let (mut events, mut recovered) = (bus.events(), Vec::new());
             for cut in 1..=20 {
                 log.reaches(6_000 * cut / 21).await;
                 // Every fifth lasts until it is seen.
@@ -424,7 +435,9 @@ async fn a_connection_cut_twenty_times_heals() {
                     health(&bus, false).await;
                     place.set(|weather| weather.refusing = false);
                 }
+                recovered.push(log.next(6_000).await);
             }
+            println!("{}: recovered in {recovered:.2?}", kind.name);
             log.reaches(6_000).await;
             health(&bus, true).await;
             let (lost, made) = told(&mut events).await;
