@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::str::FromStr;
 use std::time::Duration;
@@ -43,10 +44,15 @@ pub(crate) fn encode(message: &Message, destination: &Destination, delay: Option
     if message.version != 1 {
         put(&mut headers, "ce-dataversion", &message.version.to_string());
     }
-    for (name, time) in [("ce-time", message.time), ("ce-recordedtime", message.recorded_time)] {
-        if let Some(time) = time {
-            put(&mut headers, name, &to_rfc3339(time));
-        }
+    let recorded = message.recorded_time.map(to_rfc3339);
+    if let Some(recorded) = &recorded {
+        put(&mut headers, "ce-recordedtime", recorded);
+    }
+    match message.time {
+        // As most are: formatting a time costs as much as several headers.
+        time if time == message.recorded_time => recorded.iter().for_each(|time| put(&mut headers, "ce-time", time)),
+        Some(time) => put(&mut headers, "ce-time", &to_rfc3339(time)),
+        None => {}
     }
     for (name, id) in [("ce-correlationid", &message.correlation_id), ("ce-causationid", &message.causation_id)] {
         if let Some(id) = id {
@@ -327,8 +333,8 @@ fn is_literal(byte: u8) -> bool {
     (b'!'..=b'~').contains(&byte) && byte != b'"' && byte != b'%'
 }
 
-fn escape(text: &str) -> String {
-    escape_bytes(text.as_bytes())
+fn escape(text: &str) -> Cow<'_, str> {
+    if text.bytes().all(is_literal) { Cow::Borrowed(text) } else { Cow::Owned(escape_bytes(text.as_bytes())) }
 }
 
 fn escape_bytes(bytes: &[u8]) -> String {
