@@ -23,7 +23,9 @@ pub(crate) fn scheme(url: &str) -> Result<&'static str> {
     let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
     let Some((_, transport)) = SCHEMES.into_iter().find(|(known, _)| *known == scheme) else {
         let known: Vec<_> = SCHEMES.into_iter().map(|(scheme, _)| format!("{scheme}://")).collect();
-        let why = format!("unknown scheme `{scheme}` of the url; known are {}", known.join(", "));
+        let is_scheme = scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+        let named = if is_scheme { format!("unknown scheme `{scheme}`") } else { "no scheme".into() };
+        let why = format!("{named} in the url; known are {}", known.join(", "));
         return Err(Error::new(ErrorKind::Config, why).with_operation("connect"));
     };
     compiled_in(transport)

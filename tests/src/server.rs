@@ -33,7 +33,7 @@ impl Server {
         // All are held until all are known, so that no two are the same.
         let free = ports.iter().map(|_| TcpListener::bind("127.0.0.1:0")).collect::<io::Result<Vec<_>>>()?;
         let variable = |(name, port): (&&str, &TcpListener)| {
-            port.local_addr().map(|address| (format!("TIDINGS_{name}_PORT"), address.port().to_string()))
+            port.local_addr().map(|address| (format!("TIDINGS_TEST_{name}_PORT"), address.port().to_string()))
         };
         let variables = ports.iter().zip(&free).map(variable).collect::<io::Result<Vec<_>>>()?;
         drop(free);
@@ -95,10 +95,10 @@ impl Server {
 
     fn run(&self, what: &str) -> io::Result<String> {
         let mut command = script();
-        command.args([what, self.broker]).env("TIDINGS_STATE", &self.state).envs(self.variables.iter().cloned());
+        command.args([what, self.broker]).env("TIDINGS_TEST_STATE", &self.state).envs(self.variables.iter().cloned());
         for broker in ["NATS", "RABBITMQ", "KAFKA"] {
             // Somebody's broker in the environment is not this test's.
-            command.env_remove(format!("TIDINGS_{broker}_URL"));
+            command.env_remove(format!("TIDINGS_TEST_{broker}_URL"));
         }
         output(&mut command)
     }

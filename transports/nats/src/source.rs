@@ -455,9 +455,13 @@ impl Driver {
         self.rebuild_replay(high + 1).await.map_err(Failure::from)
     }
 
-    /// What is pending at the server and not here is missing: it comes when it was not acked in time.
+    /// What is pending at the server and not here is missing: it comes when it was not acked in time, or is asked for.
     async fn find_missing(&mut self) -> Result<(), Failure> {
         let (info, pending) = self.pending().await?;
+        let pinned = info.pointer("/priority_groups/0/pinned_client_id").and_then(Value::as_str);
+        if pending > 0 && pinned.is_some() && pinned == self.pin.as_deref() {
+            self.ask_for_missing(&info).await;
+        }
         let mut state = self.instance.state.lock();
         if let Some(source) = state.sources.get_mut(&self.id) {
             let after = number(&info, "/delivered/stream_seq");
@@ -465,6 +469,17 @@ impl Driver {
         }
         state.end_recovery(self.id, pending == 0);
         Ok(())
+    }
+
+    /// Gives back what the server has sent to this client, still its owner, and what is not here. The server ignores what is
+    /// said of positions that are not pending.
+    async fn ask_for_missing(&self, info: &Value) {
+        let positions = number(info, "/ack_floor/stream_seq") + 1..=number(info, "/delivered/stream_seq");
+        let lost = self.instance.state.lock().lost(self.id, positions, number(info, "/delivered/consumer_seq"));
+        for reply in lost {
+            // Else it comes when it was not acked in time.
+            let _ = self.instance.catalog.api.client.publish(reply, "-NAK".into()).await;
+        }
     }
 
     /// What the server says of the consumer, and how many messages at the most are pending there and not here.

@@ -4,6 +4,7 @@ use crate::settle::{NatsSettle, Op, Writer};
 use crate::wire;
 use async_nats::{Message as Raw, Subject};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
@@ -27,6 +28,9 @@ const FORGETFUL: Duration = Duration::from_secs(60);
 
 /// How many acks are remembered, to be told again to a server that was killed and has forgotten them.
 const REMEMBERED: usize = 16_384;
+
+/// How many positions that may have been lost at a cut are asked for; others come when they were not acked in time.
+const ASKED_FOR: usize = 4_096;
 
 /// How instances share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -501,6 +505,16 @@ impl State {
         let unsettled = |tag: &u64| self.out.get(tag).is_some_and(|out| out.settling.is_none());
         let open = source.open.iter().filter(|(_, tag)| unsettled(tag)).map(|(position, _)| *position);
         source.waiting.keys().copied().chain(open).collect()
+    }
+
+    /// Where to give back those of `positions` that are not here, when `number` was the last that the consumer sent.
+    pub(crate) fn lost(&self, id: SourceId, positions: RangeInclusive<u64>, number: u64) -> Vec<Subject> {
+        let Some(source) = self.sources.get(&id).filter(|source| !source.acked.prefix.is_empty()) else {
+            return Vec::new();
+        };
+        let missing = |position: &u64| !source.waiting.contains_key(position) && !source.open.contains_key(position);
+        let reply = |position| Subject::from(format!("{}.1.{position}.{number}.0.0", source.acked.prefix));
+        positions.filter(missing).take(ASKED_FOR).map(reply).collect()
     }
 
     /// Hands nothing of a source out until it is known what was on its way to this instance and did not arrive.
