@@ -33,10 +33,18 @@ const AHEAD: usize = 2_000;
 struct Kind {
     name: &'static str,
     /// Deletes where events are kept, under everybody's feet.
-    delete: for<'a> fn(&'a Bus) -> BoxFuture<'a, ()>,
+    delete: Option<for<'a> fn(&'a Bus) -> BoxFuture<'a, ()>>,
+    /// How many connections a bus has, each of which tells of itself.
+    connections: usize,
+    /// How many events may come again for each kill: what was in flight, where acks are not confirmed.
+    in_flight: u64,
 }
 
-const KINDS: [Kind; 1] = [Kind { name: "nats", delete: |bus| delete_stream(bus).boxed() }];
+const KINDS: [Kind; 2] = [
+    Kind { name: "nats", delete: Some(|bus| delete_stream(bus).boxed()), connections: 1, in_flight: 0 },
+    // `suites/rabbitmq.rs` deletes its queue.
+    Kind { name: "rabbitmq", delete: None, connections: 2, in_flight: 512 },
+];
 
 /// The brokers that `TIDINGS_TEST_TRANSPORTS` names.
 fn chosen() -> Vec<Kind> {
@@ -383,7 +391,8 @@ async fn killed(kind: Kind) {
         end(running).await;
     }
     assert_eq!(published.failed, 0, "an outage of a second is shorter than publishing may take");
-    assert!(repeats.percent() <= 0.5, "{} of {} came again", repeats.repeats, repeats.of);
+    let allowed = repeats.of / 200 + 5 * kind.in_flight as usize;
+    assert!(repeats.repeats <= allowed, "{} of {} came again, allowed are {allowed}", repeats.repeats, repeats.of);
     assert!(recovered.iter().all(|took| took.handled <= RECOVERY && took.new <= 2 * RECOVERY), "{recovered:?}");
 }
 
@@ -550,7 +559,7 @@ async fn gone(kind: Kind, time: Duration) {
          confirmed again after {confirmed:.2?}",
         kind.name
     );
-    assert_eq!(told(&mut events).await, (1, 1));
+    assert_eq!(told(&mut events).await, (kind.connections, kind.connections));
     assert!(matches!(running.health(), Health::Up), "{:?}", running.health());
     assert!(longest < Duration::from_secs(4), "{longest:?}");
     assert!(kinds.keys().all(|kind| ["Timeout", "Connection"].contains(&kind.as_str())), "{kinds:?}");
@@ -585,13 +594,13 @@ async fn a_payload_over_the_servers_limit_is_refused_with_the_limit() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_deleted_under_a_service_is_built_again() {
-    for kind in chosen() {
+    for (kind, delete) in chosen().into_iter().filter_map(|kind| Some((kind, kind.delete?))) {
         let (place, log) = (Place::open(kind).await, Log::default());
         let bus = place.direct().await;
         let running = instance(&bus, &log).await;
         let mut published = publish(&bus, &log, 0..10, 10).await.unwrap();
         log.settle(&published).await;
-        (kind.delete)(&bus).await;
+        delete(&bus).await;
         let orders: Vec<_> = (0..10).map(|key| order(&format!("k{key}"), 10)).collect();
         let begun = Instant::now();
         published.add(&orders, &bus.publish_all(&orders).await);
@@ -624,5 +633,5 @@ async fn absent(kind: Kind, url: &str, expected: ErrorKind) {
     let error = timeout(PATIENCE, connecting).await.expect("an answer").unwrap_err();
     println!("{}: {error} after {:.2?}", kind.name, begun.elapsed());
     assert_eq!(error.kind(), expected, "{error:?}");
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < Duration::from_secs(15));
 }
