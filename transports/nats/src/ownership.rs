@@ -29,6 +29,9 @@ const SLOTS_EVERY: u32 = 8;
 /// How long a member that has ended without a word is remembered.
 const REMEMBERED: &str = "60s";
 
+/// Between attempts to tell that this instance lives.
+const AGAIN: Duration = Duration::from_millis(200);
+
 #[derive(Serialize, Deserialize)]
 struct Member {
     /// Orders members by how long they have taken part; 0 while it is not known yet.
@@ -69,6 +72,8 @@ struct Ownership {
     api: Api,
     /// When it was last told that this instance lives.
     told: Instant,
+    /// The last round has failed.
+    failed: bool,
     rounds: u32,
 }
 
@@ -111,8 +116,18 @@ pub(crate) async fn start(instance: &Arc<Instance>, parts: Vec<Part>) -> Result<
     let topics = client.subscribe(catalog.names.topic_key(">")).await.map_err(listening)?;
     let api = catalog.api.impatient((patience(catalog) / 5).max(Duration::from_millis(250)));
     let (instance_, told) = (Arc::clone(instance), Instant::now());
-    let mut ownership =
-        Ownership { instance: instance_, parts, name, rank: 0, slots, owned: BTreeMap::new(), api, told, rounds: 0 };
+    let mut ownership = Ownership {
+        instance: instance_,
+        parts,
+        name,
+        rank: 0,
+        slots,
+        owned: BTreeMap::new(),
+        api,
+        told,
+        failed: false,
+        rounds: 0,
+    };
     ownership.join().await?;
     instance.spawn(ownership.run(claims, topics));
     Ok(())
@@ -155,6 +170,7 @@ impl Ownership {
 
     async fn run(mut self, mut claims: Subscriber, mut topics: Subscriber) {
         let instance = Arc::clone(&self.instance);
+        let mut connected = instance.link.connected.subscribe();
         let mut tick = interval(patience(&instance.catalog) / 5);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -166,6 +182,8 @@ impl Ownership {
             tokio::select! {
                 () = instance.closing.notified() => return self.leave().await,
                 _ = tick.tick() => self.round().await,
+                Ok(()) = connected.changed() => self.round().await,
+                () = tokio::time::sleep(AGAIN), if self.failed => self.round().await,
                 Some(_) = claims.next() => self.round().await,
                 Some(_) = topics.next() => {
                     self.rounds = 0;
@@ -185,7 +203,9 @@ impl Ownership {
 
     async fn round(&mut self) {
         // A stop is told at once by the next round.
-        if let Err(failed) = self.try_round().await {
+        let round = self.try_round().await;
+        self.failed = round.is_err();
+        if let Err(failed) = round {
             let failed = tidings_core::Error::from(failed);
             tracing::debug!(subscription = %self.instance.spec.name, error = %failed, "the bucket cannot be read or written now");
         }

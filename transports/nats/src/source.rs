@@ -394,6 +394,9 @@ impl Driver {
 
     /// Finds out what is missing after a cut.
     async fn mend(&mut self) {
+        if !self.instance.is_replay() {
+            self.instance.state.lock().ack_again(self.id, &self.instance.writer);
+        }
         let mended = if self.instance.is_replay() {
             self.read_on().await
         } else if self.keeps_order() {
@@ -434,8 +437,10 @@ impl Driver {
     async fn pending(&self) -> Result<(Value, u64), Failure> {
         let before = self.instance.state.lock().held(self.id);
         let info = self.instance.catalog.consumer(&self.plan.stream, &self.plan.name).await?;
-        // Those held before and after were pending in between.
-        let held = self.instance.state.lock().held(self.id).intersection(&before).count() as u64;
+        let delivered = number(&info, "/delivered/stream_seq");
+        // Those held before and after were pending in between, if the server knows that it has sent them.
+        let after = self.instance.state.lock().held(self.id);
+        let held = before.intersection(&after).filter(|position| **position <= delivered).count() as u64;
         let pending = number(&info, "/num_ack_pending").saturating_sub(held);
         Ok((info, pending))
     }
