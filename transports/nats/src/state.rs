@@ -757,3 +757,6 @@ fn deliver(source: &Source, held: &Held, mode: Mode, names: &crate::names::Names
         acker,
     }
 }
+
+#[cfg(test)]
+mod tests;

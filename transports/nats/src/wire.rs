@@ -386,17 +386,13 @@ fn all(bytes: &[u8], is: impl Fn(u8) -> bool) -> bool {
     bytes.iter().fold(true, |all, byte| all & is(*byte))
 }
 
-fn escape(text: &str) -> String {
-    escape_bytes(text.as_bytes())
+fn escape(text: &str) -> Cow<'_, str> {
+    if all(text.as_bytes(), is_literal) { Cow::Borrowed(text) } else { Cow::Owned(escape_bytes(text.as_bytes())) }
 }
 
 fn escape_bytes(bytes: &[u8]) -> String {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
     let mut escaped = String::with_capacity(bytes.len());
-    if let Some(text) = std::str::from_utf8(bytes).ok().filter(|_| all(bytes, is_literal)) {
-        escaped.push_str(text);
-        return escaped;
-    }
     for byte in bytes {
         if is_literal(*byte) {
             escaped.push(char::from(*byte));
