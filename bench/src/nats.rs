@@ -121,7 +121,7 @@ impl Broker for Nats {
             let Some(reply) = message.reply else { return Err("a message without a reply subject".into()) };
             handle::<E>(&message.payload)?;
             handled += 1;
-            if handled % run == 0 {
+            if handled.is_multiple_of(run) {
                 if acks.len() as u64 * run == open as u64 {
                     acks.next().await.transpose()?;
                 }

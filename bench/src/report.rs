@@ -1,6 +1,6 @@
 //! The numbers as a table.
 
-use crate::measure::Ranked;
+use crate::measure::{Ranked, Sample as Measured};
 use crate::scenario::{Effort, LIMITS, Loop, Row, Table};
 use std::fmt::Write;
 
@@ -49,8 +49,8 @@ fn one(text: &mut String, table: &Table) -> std::fmt::Result {
     writeln!(text, "|---|--:|--:|--:|--:|--:|--:|")?;
     let Some(base) = table.rows.first() else { return Ok(()) };
     for row in &table.rows {
-        let speed = Ranked::new(row.rounds.iter().map(|round| round.per_second()));
-        let cpu = Ranked::new(row.rounds.iter().map(|round| round.cpu_micros()));
+        let speed = Ranked::new(row.rounds.iter().map(Measured::per_second));
+        let cpu = Ranked::new(row.rounds.iter().map(Measured::cpu_micros));
         let (best, median, worst) = (speed.at(1.0), speed.median(), speed.at(0.0));
         write!(text, "| {} | {best:.0} | {median:.0} | {worst:.0} ", row.of.name())?;
         if std::ptr::eq(row, base) {
