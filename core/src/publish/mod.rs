@@ -83,8 +83,12 @@ impl Sender {
         while start < posts.len() {
             let (end, keys) = distinct_keys(posts, start);
             let group = &posts[start..end];
-            let failed = match timeout_at(terms.deadline, enter_all(gate, keys)).await {
-                Ok(passes) => self.send_again_and_again(group, terms, Arc::new(passes)).await,
+            let passes = match keys.is_empty() {
+                true => Ok(None),
+                false => timeout_at(terms.deadline, enter_all(gate, keys)).await.map(|passes| Some(Arc::new(passes))),
+            };
+            let failed = match passes {
+                Ok(passes) => self.send_again_and_again(group, terms, passes.as_ref()).await,
                 Err(_) => (0..group.len()).map(|i| (i, too_late(&group[i], Fate::NotPersisted))).collect(),
             };
             failures.extend(failed.into_iter().map(|(index, failure)| (start + index, failure)));
@@ -93,8 +97,22 @@ impl Sender {
         failures
     }
 
-    async fn send_again_and_again(&self, posts: &[Post], terms: Terms, passes: Arc<Vec<Pass>>) -> Failures {
-        let mut failed = self.send_once(posts, terms, Some(&passes)).await;
+    async fn send_again_and_again(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Failures {
+        let failed = self.send_once(posts, terms, passes).await;
+        if failed.is_empty() {
+            return failed;
+        }
+        // In a box, because it is rare, and each publish that waits would have room for it.
+        Box::pin(self.repeat(posts, terms, passes, failed)).await
+    }
+
+    async fn repeat(
+        &self,
+        posts: &[Post],
+        terms: Terms,
+        passes: Option<&Arc<Vec<Pass>>>,
+        mut failed: Failures,
+    ) -> Failures {
         let mut given_up = Vec::new();
         for round in 1.. {
             let delay = REPEATS.delay(round);
@@ -107,7 +125,7 @@ impl Sender {
             sleep(delay).await;
             let copies: Vec<_> =
                 again.iter().map(|(index, failure)| repeat_of(&posts[*index], failure, round)).collect();
-            let still = self.send_once(&copies, terms, Some(&passes)).await;
+            let still = self.send_once(&copies, terms, passes).await;
             failed = still.into_iter().map(|(n, failure)| (again[n].0, worse(&again[n].1, failure))).collect();
         }
         given_up.sort_by_key(|(index, _)| *index);
@@ -119,6 +137,10 @@ impl Sender {
         if posts.len() <= self.part {
             return self.submit(posts, terms, passes).await.answers(posts, terms.deadline, &self.landed).await;
         }
+        Box::pin(self.send_parts(posts, terms, passes)).await
+    }
+
+    async fn send_parts(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Failures {
         let mut flights = Vec::with_capacity(posts.len() / self.part + 1);
         for part in posts.chunks(self.part) {
             flights.push((part, self.submit(part, terms, passes).await));
@@ -134,10 +156,14 @@ impl Sender {
     async fn submit(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Submitted {
         let window = if terms.owed { &self.owed_window } else { &self.window };
         // At most Flight::MAX, which fits.
-        let permits = window.acquire_many(posts.len() as u32);
-        match timeout_at(terms.deadline, permits).await {
-            Ok(Ok(permits)) => permits.forget(),
-            _ => return Submitted(None),
+        let count = posts.len() as u32;
+        // Mostly there is room, for which no timer is needed; where others wait for it, there is none.
+        match window.try_acquire_many(count) {
+            Ok(permits) => permits.forget(),
+            Err(_) => match Box::pin(timeout_at(terms.deadline, window.acquire_many(count))).await {
+                Ok(Ok(permits)) => permits.forget(),
+                _ => return Submitted(None),
+            },
         }
         if posts.is_empty() {
             return Submitted(None);

@@ -200,8 +200,9 @@ pub(crate) struct Place<'a> {
 
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<position>.<number>.<time>.<pending>`, or with domain and account before the stream.
 pub(crate) fn place(reply: &str) -> Option<Place<'_>> {
-    let tokens: Vec<_> = reply.split('.').collect();
-    let at = match tokens.len() {
+    let mut tokens = [""; 12];
+    let count = reply.split('.').zip(&mut tokens).map(|(token, at)| *at = token).count();
+    let at = match count {
         9 => 2,
         11.. => 4,
         _ => return None,
