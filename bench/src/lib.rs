@@ -1,6 +1,6 @@
 //! What Tidings costs: the raw client, the transport driven directly and the whole SDK in turn, on the same work.
 //!
-//! A scenario is written once, over any [`Broker`]; what is a broker's own, its raw loops above all, is one file.
+//! A scenario is written once, over any `Broker`; what is a broker's own, its raw loops above all, is one file.
 
 #![allow(missing_docs, reason = "a program, split for its tests")]
 
