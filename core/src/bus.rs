@@ -1,7 +1,7 @@
 //! The handle that services hold.
 
 use crate::handler::encode;
-use crate::publish::{Failures, Post, Sender, Terms};
+use crate::publish::{Failures, Load, Post, Sender, Terms};
 use crate::transport::{BoxFuture, Capabilities, Destination, Fate, Health, PublishFailure, Transport};
 use crate::{Clock, Error, ErrorKind, Event, EventStream, Events, Headers, Message, MessageId, Result, Text};
 use bytes::Bytes;
@@ -238,7 +238,11 @@ impl Bus {
     }
 
     async fn publish_post(&self, post: &Post) -> Result<()> {
-        let mut failures = self.send(std::slice::from_ref(post), self.terms(false)).await;
+        let load = Load::new(std::slice::from_ref(post), self.terms(false));
+        let mut failures = match self.closed(1) {
+            Some(failures) => failures,
+            None => self.0.sender.send(&load).await,
+        };
         failures.pop().map_or(Ok(()), |(_, failure)| Err(failure.into_error(self.0.transport.name())))
     }
 
@@ -257,14 +261,18 @@ impl Bus {
 
     /// Sends posts and returns what was not confirmed.
     pub(crate) async fn send(&self, posts: &[Post], terms: Terms) -> Failures {
-        if self.0.closed.load(Ordering::Acquire) {
-            let failure = || PublishFailure {
-                fate: Fate::NotPersisted,
-                error: Error::new(ErrorKind::Closed, "the bus is closed"),
-            };
-            return (0..posts.len()).map(|index| (index, failure())).collect();
+        match self.closed(posts.len()) {
+            Some(failures) => failures,
+            None => self.0.sender.send(&Load::new(posts, terms)).await,
         }
-        self.0.sender.send(posts, terms).await
+    }
+
+    /// How `count` publishes fail if the bus is closed.
+    fn closed(&self, count: usize) -> Option<Failures> {
+        let failure =
+            || PublishFailure { fate: Fate::NotPersisted, error: Error::new(ErrorKind::Closed, "the bus is closed") };
+        let is_closed = self.0.closed.load(Ordering::Acquire);
+        is_closed.then(|| (0..count).map(|index| (index, failure())).collect())
     }
 
     /// Until when one publish may take.

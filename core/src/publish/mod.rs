@@ -44,11 +44,17 @@ pub(crate) struct Terms {
 
 /// Posts that are sent together. One reference to it goes down through the futures of a publish, each of which would hold its
 /// parts twice: those that wait for their confirmation are what a pipelined publisher's memory is.
-struct Load<'a> {
+pub(crate) struct Load<'a> {
     posts: &'a [Post],
     terms: Terms,
     /// The keys that are closed to others meanwhile.
     passes: Option<Arc<Vec<Pass>>>,
+}
+
+impl<'a> Load<'a> {
+    pub(crate) fn new(posts: &'a [Post], terms: Terms) -> Self {
+        Self { posts, terms, passes: None }
+    }
 }
 
 /// Takes posts to the transport, and repeats what failed for now.
@@ -83,19 +89,19 @@ impl Sender {
     }
 
     /// Sends all posts, in order. Dropping the future un-sends nothing, but ends the repeats.
-    pub(crate) async fn send(&self, posts: &[Post], terms: Terms) -> Failures {
-        let Some(gate) = &self.gate else {
-            return self.send_once(&Load { posts, terms, passes: None }).await;
-        };
-        let (end, keys) = distinct_keys(posts, 0);
-        if end == posts.len() && keys.is_empty() {
-            return self.send_again_and_again(&Load { posts, terms, passes: None }).await;
+    pub(crate) async fn send(&self, load: &Load<'_>) -> Failures {
+        let keyed = |post: &Post| post.message.key.is_some() && matches!(post.destination, Destination::Topic(_));
+        match &self.gate {
+            Some(gate) if load.posts.iter().any(keyed) => Box::pin(self.send_by_key(gate, load)).await,
+            Some(_) => self.send_again_and_again(load).await,
+            // The transport repeats by itself.
+            None => self.send_once(load).await,
         }
-        Box::pin(self.send_by_key(gate, posts, terms)).await
     }
 
     /// Sends posts of which each key has to wait for its turn.
-    async fn send_by_key(&self, gate: &Arc<Gate>, posts: &[Post], terms: Terms) -> Failures {
+    async fn send_by_key(&self, gate: &Arc<Gate>, load: &Load<'_>) -> Failures {
+        let Load { posts, terms, .. } = *load;
         let mut failures = Vec::new();
         let mut start = 0;
         while start < posts.len() {
@@ -154,7 +160,7 @@ impl Sender {
             Some(submitted) => submitted,
             None => Box::pin(self.submit(load, load.posts)).await,
         };
-        submitted.answers(load.posts, load.terms.deadline, &self.landed).await
+        submitted.answers(load.posts, load, &self.landed).await
     }
 
     async fn send_parts(&self, load: &Load<'_>) -> Failures {
@@ -164,7 +170,7 @@ impl Sender {
         }
         let mut failures = Vec::new();
         for (n, (part, flight)) in flights.into_iter().enumerate() {
-            let failed = flight.answers(part, load.terms.deadline, &self.landed).await;
+            let failed = flight.answers(part, load, &self.landed).await;
             failures.extend(failed.into_iter().map(|(index, failure)| (n * self.part + index, failure)));
         }
         failures
@@ -220,11 +226,11 @@ impl Sender {
 struct Submitted(Option<Arc<Flight>>);
 
 impl Submitted {
-    async fn answers(mut self, posts: &[Post], deadline: Instant, landed: &Mutex<Vec<Arc<Flight>>>) -> Failures {
+    async fn answers(mut self, posts: &[Post], load: &Load<'_>, landed: &Mutex<Vec<Arc<Flight>>>) -> Failures {
         let Some(flight) = &self.0 else {
             return posts.iter().map(|post| too_late(post, Fate::NotPersisted)).enumerate().collect();
         };
-        if let Ok(mut failures) = timeout_at(deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+        if let Ok(mut failures) = timeout_at(load.terms.deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
             failures.sort_by_key(|(index, _)| *index);
             let flight = self.0.take().and_then(|mut flight| flight.land().then_some(flight));
             let mut landed = landed.lock();
