@@ -1,4 +1,4 @@
-//! What only RabbitMQ can show, and the conformance suite does not.
+//! What only RabbitMQ can show, and the conformance suite does not; where `TIDINGS_TEST_TRANSPORTS` names `rabbitmq`.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use std::collections::BTreeMap;
@@ -13,11 +13,16 @@ use tidings_rabbitmq::{Provision, RabbitMqClient, RabbitMqConfig, RabbitMqTransp
 use tidings_tests::server::Server;
 
 /// The server, and a namespace of this test on it.
-fn server(name: &str) -> (Arc<Server>, RabbitMqConfig) {
+fn server(name: &str) -> Option<(Arc<Server>, RabbitMqConfig)> {
+    let transports = std::env::var("TIDINGS_TEST_TRANSPORTS").unwrap_or_default();
+    if !transports.split(',').any(|transport| transport.trim() == "rabbitmq") {
+        println!("skipped: TIDINGS_TEST_TRANSPORTS is `{transports}` and does not name rabbitmq");
+        return None;
+    }
     let server = Server::shared("rabbitmq").unwrap();
     let mut config = RabbitMqConfig::from_url(server.url()).unwrap();
     config.namespace = format!("t{}-{name}", std::process::id());
-    (server, config)
+    Some((server, config))
 }
 
 fn message(text: &str) -> Message {
@@ -54,7 +59,7 @@ async fn next(subscription: &mut Box<dyn Subscription>) -> String {
 
 #[tokio::test]
 async fn what_is_refused_says_why_and_shows_no_secret() {
-    let (_server, config) = server("refused");
+    let Some((_server, config)) = server("refused") else { return };
     let connect = async |change: fn(&mut RabbitMqConfig)| {
         let mut config = config.clone();
         change(&mut config);
@@ -74,7 +79,7 @@ async fn what_is_refused_says_why_and_shows_no_secret() {
 
 #[tokio::test]
 async fn delays_are_neither_early_nor_blocked() {
-    let (_server, config) = server("delays");
+    let Some((_server, config)) = server("delays") else { return };
     let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
     let mut subscription = transport.subscribe(spec()).await.unwrap();
     let to = Destination::Subscription(spec().name);
@@ -98,7 +103,7 @@ async fn delays_are_neither_early_nor_blocked() {
 
 #[tokio::test]
 async fn a_queue_deleted_under_its_consumer_comes_back() {
-    let (_server, config) = server("deleted");
+    let Some((_server, config)) = server("deleted") else { return };
     let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
     let mut subscription = transport.subscribe(spec()).await.unwrap();
     let client = transport.native().downcast_ref::<RabbitMqClient>().unwrap();
@@ -116,7 +121,7 @@ async fn a_queue_deleted_under_its_consumer_comes_back() {
 
 #[tokio::test]
 async fn where_nobody_reads_is_counted_or_refused() {
-    let (_server, mut config) = server("required");
+    let Some((_server, mut config)) = server("required") else { return };
     config.required = vec!["test.a".into()];
     let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
     let post = |topic: &str| (Destination::Topic(Topic::new(topic).unwrap()), message("x"), None, false);
