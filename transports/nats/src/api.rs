@@ -68,8 +68,8 @@ impl Api {
             Some(headers) => request.headers(headers),
             None => request,
         };
-        let answer = timeout(self.timeout, self.client.send_request(subject, request)).await;
-        let answer = answer.map_err(|_| timed_out("the server did not answer in time"))?;
+        let answer = timeout(self.timeout, self.client.send_request(subject.clone(), request)).await;
+        let answer = answer.map_err(|_| unanswered(&subject))?;
         answer.map_err(|failed| {
             let (kind, why) = match failed.kind() {
                 RequestErrorKind::NoResponders => {
@@ -96,7 +96,7 @@ impl Api {
         let mut answers = self.client.subscribe(inbox.clone()).await.map_err(unreachable)?;
         let body = json!({ "multi_last": filters, "batch": 1000 }).to_string();
         let call = self.subject(&format!("DIRECT.GET.{stream}"));
-        self.client.publish_with_reply(call, inbox, body.into()).await.map_err(errors::publish)?;
+        self.client.publish_with_reply(call.clone(), inbox, body.into()).await.map_err(errors::publish)?;
         let mut found = Vec::new();
         let all = async {
             while let Some(answer) = answers.next().await {
@@ -109,7 +109,7 @@ impl Api {
         };
         match timeout(self.timeout, all).await {
             Ok(ended) => ended.map(|()| found),
-            Err(_) => Err(timed_out("the server did not answer in time").into()),
+            Err(_) => Err(unanswered(&call).into()),
         }
     }
 
@@ -130,6 +130,10 @@ impl Api {
             Err(failure) => Err(failure.into()),
         }
     }
+}
+
+fn unanswered(request: &str) -> Error {
+    timed_out("the server did not answer in time").with_context("request", request)
 }
 
 /// How an answer with a status ends a batch: 204 is the end, 404 says that there is nothing.
