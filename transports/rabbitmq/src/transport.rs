@@ -3,7 +3,7 @@
 use crate::config::RabbitMqConfig;
 use crate::dead_letters::RabbitMqDeadLetters;
 use crate::error::{NAME, closed, error};
-use crate::link::Link;
+use crate::link::{Link, Outages};
 use crate::publisher::RabbitMqPublisher;
 use crate::reader::Reader;
 use crate::replay::Replay;
@@ -42,6 +42,7 @@ pub struct RabbitMqTransport {
     topology: Arc<Topology>,
     publisher: RabbitMqPublisher,
     capabilities: Capabilities,
+    outages: Arc<Outages>,
     events: Events,
 }
 
@@ -105,8 +106,9 @@ impl RabbitMqTransport {
             tracing::warn!("rabbitmq: the connection is not encrypted, as configured");
         }
         let (config, events) = (Arc::new(config), Events::default());
-        let publishing = Link::connect(&config, "publishing", &events).await.map_err(about)?;
-        let consuming = Link::connect(&config, "consuming", &events).await.map_err(about)?;
+        let outages = Outages::new(&events);
+        let publishing = Link::connect(&config, "publishing", &outages).await.map_err(about)?;
+        let consuming = Link::connect(&config, "consuming", &outages).await.map_err(about)?;
         let topology = Arc::new(Topology::new(&config, &publishing));
         topology.prepare().await.map_err(about)?;
         let publisher = RabbitMqPublisher::new(&config, &publishing, &topology);
@@ -119,7 +121,7 @@ impl RabbitMqTransport {
         };
         events.tell(BusEvent::Connected);
         let capabilities = capabilities(&config);
-        Ok(Arc::new(Self { native, publishing, consuming, topology, publisher, capabilities, events }))
+        Ok(Arc::new(Self { native, publishing, consuming, topology, publisher, capabilities, outages, events }))
     }
 
     /// Connects to `amqp://user:password@host:port/vhost?..`; [`RabbitMqConfig::from_url`] says what may follow.
@@ -149,7 +151,7 @@ impl RabbitMqTransport {
             link: Arc::clone(&self.consuming),
             greetings: Arc::clone(&self.publishing),
             topology: Arc::clone(&self.topology),
-            events: self.events.clone(),
+            outages: Arc::clone(&self.outages),
             desk: Arc::clone(&desk),
         };
         let first = self.consuming.patiently(|| reader.open()).await?;
