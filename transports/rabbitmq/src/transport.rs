@@ -223,6 +223,12 @@ impl Transport for RabbitMqTransport {
         Ok(Arc::new(RabbitMqDeadLetters { link, topology, name: subscription.clone() }))
     }
 
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.check().map_err(|error| error.with_operation("remove"))?;
+        let removed = self.publishing.patiently(|| self.topology.remove_subscription(subscription)).await;
+        removed.map_err(|error| error.with_operation("remove").with_context("subscription", subscription))
+    }
+
     fn health(&self) -> Health {
         match (self.consuming.fault(), self.publishing.fault()) {
             (None, None) => Health::Up,
