@@ -4,8 +4,8 @@
 
 use std::process::ExitCode;
 use tidings_conformance::Suite;
-use tidings_tests::factories::{Directory, Memory, Nats};
+use tidings_tests::factories::{Directory, Kafka, Memory, Nats};
 
 fn main() -> ExitCode {
-    Suite::new().with(Memory).with(Directory).with_requested(Nats::default()).main()
+    Suite::new().with(Memory).with(Directory).with_requested(Nats::default()).with_requested(Kafka::default()).main()
 }

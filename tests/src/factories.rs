@@ -9,6 +9,8 @@ use tidings::transport::Transport;
 use tidings_conformance::{Broker, Factory};
 use tidings_core::{Connect, Error, ErrorKind, Result};
 use tidings_directory::DirectoryConfig;
+use tidings_kafka::rdkafka::admin::AdminOptions;
+use tidings_kafka::{KafkaClient, KafkaConfig, KafkaTransport};
 use tidings_nats::{NatsConfig, NatsTransport};
 
 /// Names a server to use in place of one of its own.
@@ -234,6 +236,123 @@ impl Broker for NatsBroker {
             let names: Vec<_> = names.filter(|name| name.starts_with(&own) || name.starts_with(&bucket)).collect();
             let Some(name) = names.first() else { break };
             request(format!("$JS.API.STREAM.DELETE.{name}")).await?;
+        }
+        transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(5)).await
+    }
+}
+
+/// Kafka: a broker of its own, or the one that `TIDINGS_TEST_KAFKA_URL` names, which is not restarted.
+#[derive(Debug, Default)]
+pub struct Kafka {
+    server: Mutex<Option<Arc<Server>>>,
+}
+
+/// Names a broker to use in place of one of its own.
+const KAFKA_URL: &str = "TIDINGS_TEST_KAFKA_URL";
+
+impl Kafka {
+    /// The URL, and the broker if it was started for this.
+    fn server(&self) -> Result<(String, Option<Arc<Server>>)> {
+        if let Ok(url) = std::env::var(KAFKA_URL) {
+            return Ok((url, None));
+        }
+        let mut server = self.server.lock().expect("no panic inside");
+        if server.is_none() {
+            let why = "no broker could be started";
+            let started = Server::start("kafka");
+            *server = Some(Arc::new(started.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?));
+        }
+        let url = server.as_ref().map(|server| server.url().to_owned()).unwrap_or_default();
+        Ok((url, server.clone()))
+    }
+}
+
+struct KafkaBroker {
+    config: KafkaConfig,
+    server: Option<Arc<Server>>,
+}
+
+#[async_trait]
+impl Factory for Kafka {
+    fn name(&self) -> &'static str {
+        "kafka"
+    }
+
+    async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
+        let (url, server) = tokio::task::block_in_place(|| self.server())?;
+        let mut config = KafkaConfig::from_url(&url)?;
+        namespace.clone_into(&mut config.namespace);
+        // What a dead instance had is taken over, and what appears is read, soon enough for a test.
+        config.session_timeout = std::time::Duration::from_secs(3);
+        config.metadata_refresh = std::time::Duration::from_secs(1);
+        Ok(Arc::new(KafkaBroker { config, server }))
+    }
+
+    fn cannot_restart(&self) -> Option<&'static str> {
+        std::env::var(KAFKA_URL)
+            .is_ok()
+            .then_some("the broker that TIDINGS_TEST_KAFKA_URL names is not ours to restart")
+    }
+}
+
+impl KafkaBroker {
+    fn admin(transport: &KafkaTransport) -> &KafkaClient {
+        transport.native().downcast_ref::<KafkaClient>().expect("its native client")
+    }
+}
+
+#[async_trait]
+impl Broker for KafkaBroker {
+    async fn connect(&self) -> Result<Arc<dyn Transport>> {
+        Ok(KafkaTransport::connect(self.config.clone()).await?)
+    }
+
+    async fn restart(&self) -> Result<()> {
+        if let Some(server) = &self.server {
+            let restarted = tokio::task::block_in_place(|| server.kill().and_then(|()| server.up()));
+            let why = "the broker does not come back";
+            restarted.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?;
+        }
+        loop {
+            match KafkaTransport::connect(self.config.clone()).await {
+                Ok(transport) => {
+                    return transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(1)).await;
+                }
+                Err(error) if error.is_transient() => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn expire(&self, topic: &str) -> Result<()> {
+        // The broker looks every five minutes.
+        let transport = KafkaTransport::connect(self.config.clone()).await?;
+        let admin = Self::admin(&transport);
+        let name = format!("{}.{topic}", self.config.namespace);
+        let unreachable = |e| Error::new(ErrorKind::Connection, "nothing can be deleted").with_source(e);
+        let timeout = std::time::Duration::from_secs(10);
+        let metadata = tokio::task::block_in_place(|| admin.inner().fetch_metadata(Some(&name), timeout));
+        let metadata = metadata.map_err(unreachable)?;
+        let mut offsets = tidings_kafka::rdkafka::TopicPartitionList::new();
+        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+            let end = tidings_kafka::rdkafka::Offset::End;
+            offsets.add_partition_offset(&name, partition.id(), end).map_err(unreachable)?;
+        }
+        admin.delete_records(&offsets, &AdminOptions::new()).await.map_err(unreachable)?;
+        transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(5)).await
+    }
+
+    async fn clean_up(&self) -> Result<()> {
+        let transport = KafkaTransport::connect(self.config.clone()).await?;
+        let admin = Self::admin(&transport);
+        let unreachable = |e| Error::new(ErrorKind::Connection, "the broker does not answer").with_source(e);
+        let (own, timeout) = (format!("{}.", self.config.namespace), std::time::Duration::from_secs(10));
+        let metadata = tokio::task::block_in_place(|| admin.inner().fetch_metadata(None, timeout));
+        let metadata = metadata.map_err(unreachable)?;
+        let topics: Vec<&str> = metadata.topics().iter().map(|topic| topic.name()).collect();
+        let topics: Vec<&str> = topics.into_iter().filter(|name| name.starts_with(&own)).collect();
+        if !topics.is_empty() {
+            admin.delete_topics(&topics, &AdminOptions::new()).await.map_err(unreachable)?;
         }
         transport.close(tokio::time::Instant::now() + std::time::Duration::from_secs(5)).await
     }
