@@ -21,6 +21,8 @@ use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidings_core::transport::{Notice, Start};
 use tidings_core::{ErrorKind, Result, Topic};
@@ -65,8 +67,7 @@ impl Signal {
 enum Happened {
     Assigned(Vec<Place>),
     Revoked(Vec<Place>),
-    /// Whether it succeeded, and for which partitions it did not.
-    Committed(KafkaResult<()>, Vec<Place>),
+    Committed(KafkaResult<()>),
 }
 
 /// What the member of a group tells.
@@ -116,13 +117,6 @@ impl ConsumerContext for GroupContext {
             tracing::debug!(%error, "while leaving a group");
         }
     }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        let wrong = |elem: &&TopicPartitionListElem<'_>| elem.error().is_err();
-        let elements = offsets.elements();
-        let wrong = elements.iter().filter(wrong).map(|elem| (elem.topic().into(), elem.partition())).collect();
-        self.push(Happened::Committed(result, wrong));
-    }
 }
 
 fn places(list: &TopicPartitionList) -> Vec<Place> {
@@ -158,8 +152,39 @@ struct Fetched {
     item: Item,
 }
 
+/// Commits, on a thread of its own: the client tells what became of a commit only to who waits for it.
+struct Committer {
+    lists: mpsc::Sender<TopicPartitionList>,
+    thread: JoinHandle<()>,
+}
+
+impl Committer {
+    fn start(consumer: &Arc<BaseConsumer<GroupContext>>, signal: &Arc<Signal>) -> std::io::Result<Self> {
+        let (lists, queue) = mpsc::channel::<TopicPartitionList>();
+        let (consumer, signal) = (Arc::clone(consumer), Arc::clone(signal));
+        let commit = move || {
+            for list in queue {
+                let result = consumer.commit(&list, CommitMode::Sync);
+                consumer.context().push(Happened::Committed(result));
+                signal.raise();
+            }
+        };
+        let thread = std::thread::Builder::new().name("tidings-kafka-commit".into()).spawn(commit)?;
+        Ok(Self { lists, thread })
+    }
+
+    /// Waits for the last commit.
+    fn end(self) {
+        drop(self.lists);
+        if self.thread.join().is_err() {
+            tracing::error!("the thread that commits has panicked");
+        }
+    }
+}
+
 pub(crate) struct Driver {
-    consumer: BaseConsumer<GroupContext>,
+    consumer: Arc<BaseConsumer<GroupContext>>,
+    committer: Option<Committer>,
     instance: Arc<Instance>,
     sources: HashMap<Place, Source>,
     decoder: Decoder,
@@ -191,8 +216,15 @@ impl Driver {
         let signal = Arc::clone(&instance.signal);
         consumer.set_nonempty_callback(move || signal.raise());
         let now = Instant::now();
+        let no_thread = |e| crate::error::error(ErrorKind::Internal, "no thread can be started").with_source(e);
+        let consumer = Arc::new(consumer);
+        let committer = match instance.mode {
+            Mode::Replay => None,
+            _ => Some(Committer::start(&consumer, &instance.signal).map_err(no_thread)?),
+        };
         let mut driver = Self {
             consumer,
+            committer,
             instance: Arc::clone(instance),
             sources: HashMap::new(),
             decoder: Decoder::default(),
@@ -209,8 +241,7 @@ impl Driver {
             driver.take_on(parts)?;
         }
         let spawned = std::thread::Builder::new().name("tidings-kafka".into()).spawn(move || driver.run());
-        let why = "no thread can be started";
-        spawned.map(drop).map_err(|e| crate::error::error(ErrorKind::Internal, why).with_source(e))
+        spawned.map(drop).map_err(no_thread)
     }
 
     fn is_replay(&self) -> bool {
@@ -356,7 +387,7 @@ impl Driver {
             let next = self.consumer.context().happened.lock().pop_front();
             match next {
                 None => return,
-                Some(Happened::Committed(result, wrong)) => self.committed(&result, &wrong),
+                Some(Happened::Committed(result)) => self.committed(&result),
                 Some(Happened::Assigned(places)) => {
                     self.changes.push_back(Change::Assign { places, not_before: Instant::now() });
                 }
@@ -521,24 +552,19 @@ impl Driver {
             elem.set_metadata(&told.metadata);
         }
         self.last_commit = now;
-        let sent = self.consumer.commit(&list, CommitMode::Async);
         self.telling = Some(told);
-        if let Err(error) = sent {
-            self.committed(&Err(error), &[]);
+        if let Some(committer) = &self.committer {
+            // It ends after this one.
+            let _ = committer.lists.send(list);
         }
     }
 
-    fn committed(&mut self, result: &KafkaResult<()>, wrong: &[Place]) {
+    fn committed(&mut self, result: &KafkaResult<()>) {
         let Some(told) = self.telling.take() else { return };
         let mut state = self.instance.state.lock();
-        for told in &told {
-            let is_wrong = wrong.iter().any(|(name, partition)| *name == told.name && *partition == told.partition);
-            state.told(told, result.is_ok() && !is_wrong);
-        }
+        told.iter().for_each(|told| state.told(told, result.is_ok()));
         if let Err(error) = result {
             tracing::debug!(%error, subscription = %self.instance.spec.name, "a commit is repeated");
-        }
-        if result.is_err() || !wrong.is_empty() {
             self.not_before = Instant::now() + AGAIN;
         }
     }
@@ -641,6 +667,9 @@ impl Driver {
         }
         let instance = Arc::clone(&self.instance);
         instance.state.lock().end();
+        if let Some(committer) = self.committer.take() {
+            committer.end();
+        }
         // It leaves the group, which takes as long as the cluster does.
         drop(self);
         instance.ended();
