@@ -241,35 +241,68 @@ impl Broker for NatsBroker {
     }
 }
 
-/// Kafka: a broker of its own, or the one that `TIDINGS_TEST_KAFKA_URL` names, which is not restarted.
+/// Kafka: a broker of its own, or the one that `TIDINGS_TEST_KAFKA_URL` names, which is neither cut off nor restarted.
 #[derive(Debug, Default)]
 pub struct Kafka {
-    server: Mutex<Option<Arc<Server>>>,
+    started: Mutex<Option<Arc<Started>>>,
 }
 
 /// Names a broker to use in place of one of its own.
 const KAFKA_URL: &str = "TIDINGS_TEST_KAFKA_URL";
 
+/// As many cases run at a time, and a few have two namespaces.
+const LISTENERS: usize = 24;
+
+/// A broker tells its clients where to connect to, so each case has a listener of its own, which tells them its proxy.
+#[derive(Debug)]
+struct Started {
+    server: Server,
+    /// The ports of listeners that no case uses, each with that of its proxy.
+    free: Mutex<Vec<(u16, u16)>>,
+}
+
 impl Kafka {
-    /// The URL, and the broker if it was started for this.
-    fn server(&self) -> Result<(String, Option<Arc<Server>>)> {
-        if let Ok(url) = std::env::var(KAFKA_URL) {
-            return Ok((url, None));
-        }
-        let mut server = self.server.lock().expect("no panic inside");
-        if server.is_none() {
+    fn started(&self) -> Result<Arc<Started>> {
+        let mut started = self.started.lock().expect("no panic inside");
+        if started.is_none() {
             let why = "no broker could be started";
-            let started = Server::start("kafka");
-            *server = Some(Arc::new(started.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?));
+            let (server, free) = Server::start_proxied_kafka(LISTENERS)
+                .map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?;
+            *started = Some(Arc::new(Started { server, free: Mutex::new(free) }));
         }
-        let url = server.as_ref().map(|server| server.url().to_owned()).unwrap_or_default();
-        Ok((url, server.clone()))
+        Ok(Arc::clone(started.as_ref().expect("it was started")))
     }
 }
 
 struct KafkaBroker {
     config: KafkaConfig,
-    server: Option<Arc<Server>>,
+    /// What lies between the case and the broker, and the listener behind it; not with a broker of somebody else.
+    place: Option<(Proxy, Arc<Started>, (u16, u16))>,
+}
+
+impl Drop for KafkaBroker {
+    fn drop(&mut self) {
+        if let Some((proxy, started, ports)) = self.place.take() {
+            drop(proxy);
+            started.free.lock().expect("no panic inside").push(ports);
+        }
+    }
+}
+
+/// A listener that no other case uses, and a proxy before it.
+async fn proxied(started: Arc<Started>) -> Result<(Proxy, Arc<Started>, (u16, u16))> {
+    loop {
+        let ports = {
+            let mut free = started.free.lock().expect("no panic inside");
+            if free.is_empty() { None } else { Some(free.remove(0)) }
+        };
+        if let Some((port, proxy)) = ports {
+            let broker = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+            let unreachable = |e: std::io::Error| Error::new(ErrorKind::Connection, "no proxy").with_source(e);
+            return Ok((Proxy::start_at(proxy, broker).await.map_err(unreachable)?, started, (port, proxy)));
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
 }
 
 #[async_trait]
@@ -279,13 +312,24 @@ impl Factory for Kafka {
     }
 
     async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
-        let (url, server) = tokio::task::block_in_place(|| self.server())?;
-        let mut config = KafkaConfig::from_url(&url)?;
+        let (mut config, place) = match std::env::var(KAFKA_URL) {
+            Ok(url) => (KafkaConfig::from_url(&url)?, None),
+            Err(_) => {
+                let started = tokio::task::block_in_place(|| self.started())?;
+                let place = proxied(started).await?;
+                (KafkaConfig::from_url(&format!("kafka://{}", place.0.address()))?, Some(place))
+            }
+        };
         namespace.clone_into(&mut config.namespace);
         // What a dead instance had is taken over, and what appears is read, soon enough for a test.
         config.session_timeout = std::time::Duration::from_secs(3);
         config.metadata_refresh = std::time::Duration::from_secs(1);
-        Ok(Arc::new(KafkaBroker { config, server }))
+        Ok(Arc::new(KafkaBroker { config, place }))
+    }
+
+    fn cannot_cut(&self) -> Option<&'static str> {
+        let why = "the broker that TIDINGS_TEST_KAFKA_URL names tells its clients to connect to it, past any proxy";
+        std::env::var(KAFKA_URL).is_ok().then_some(why)
     }
 
     fn cannot_restart(&self) -> Option<&'static str> {
@@ -307,8 +351,27 @@ impl Broker for KafkaBroker {
         Ok(KafkaTransport::connect(self.config.clone()).await?)
     }
 
+    async fn cut(&self) -> Result<()> {
+        if let Some((proxy, ..)) = &self.place {
+            proxy.cut();
+        }
+        Ok(())
+    }
+
+    async fn cut_off(&self) -> Result<()> {
+        if let Some((proxy, ..)) = &self.place {
+            proxy.set(|weather| weather.refusing = true);
+            proxy.cut();
+            // Its partitions are the group's, and outlive a connection.
+            tokio::time::sleep(self.config.session_timeout + std::time::Duration::from_millis(1500)).await;
+            proxy.set(|weather| weather.refusing = false);
+        }
+        Ok(())
+    }
+
     async fn restart(&self) -> Result<()> {
-        if let Some(server) = &self.server {
+        if let Some((_, started, _)) = &self.place {
+            let server = &started.server;
             let restarted = tokio::task::block_in_place(|| server.kill().and_then(|()| server.up()));
             let why = "the broker does not come back";
             restarted.map_err(|e| Error::new(ErrorKind::Connection, why).with_source(e))?;

@@ -6,7 +6,7 @@ use crate::marks::{self, Marks};
 use crate::part::{Item, Kind, Part};
 use crate::state::{Mode, Told};
 use crate::subscription::Instance;
-use crate::topology::{RUNGS, rung};
+use crate::topology::{TERMS, rung};
 use crate::wire::{Decoder, Origin};
 use parking_lot::{Condvar, Mutex};
 use rdkafka::client::{ClientContext, OAuthToken};
@@ -365,9 +365,8 @@ impl Driver {
                 continue;
             }
             let next = read_to.clamp(low, high);
-            let sought = self.consumer.seek(&name, partition, at(next), self.instance.catalog.config.request_timeout);
-            if let Err(error) = sought {
-                tracing::debug!(%error, "a partition cannot be read on");
+            if let Err(error) = self.go_on(&(Arc::clone(&name), partition), next) {
+                tracing::warn!(%error, "a partition cannot be read on");
                 continue;
             }
             let mut state = self.instance.state.lock();
@@ -380,6 +379,14 @@ impl Driver {
         }
     }
 
+    /// Reads a partition from another offset on. The client seeks none that it has given up.
+    fn go_on(&self, place: &Place, offset: u64) -> KafkaResult<()> {
+        let mut list = list_of([place]);
+        self.consumer.incremental_unassign(&list)?;
+        list.set_partition_offset(&place.0, place.1, at(offset))?;
+        self.consumer.incremental_assign(&list)
+    }
+
     // ---- The group ----
 
     fn heed(&mut self) {
@@ -388,7 +395,8 @@ impl Driver {
             match next {
                 None => return,
                 Some(Happened::Committed(result)) => self.committed(&result),
-                Some(Happened::Assigned(places)) => {
+                Some(Happened::Assigned(mut places)) => {
+                    self.extend(&mut places);
                     self.changes.push_back(Change::Assign { places, not_before: Instant::now() });
                 }
                 Some(Happened::Revoked(places)) => self.revoked(places),
@@ -396,7 +404,20 @@ impl Driver {
         }
     }
 
-    fn revoked(&mut self, places: Vec<Place>) {
+    /// Who reads the anchor reads what is sent to the subscription too.
+    fn extend(&self, places: &mut Vec<Place>) {
+        let instance = &self.instance;
+        if !places.iter().any(|(name, partition)| *name == instance.anchor && *partition == 0) {
+            return;
+        }
+        if instance.anchor != instance.address {
+            places.push((Arc::clone(&instance.address), 0));
+        }
+        places.extend((0..TERMS).map(|rung| (Arc::clone(&instance.later), rung)));
+    }
+
+    fn revoked(&mut self, mut places: Vec<Place>) {
+        self.extend(&mut places);
         let mut state = self.instance.state.lock();
         let epochs: Vec<u32> = places.iter().filter_map(|(name, partition)| state.find(name, *partition)).collect();
         if !self.consumer.assignment_lost() {
@@ -456,8 +477,12 @@ impl Driver {
         self.take_on(parts)
     }
 
-    fn kind(&self, (name, partition): &Place) -> Kind {
-        if **name == *self.instance.address { Kind::of_address(*partition) } else { Kind::Topic }
+    fn kind(&self, (name, _): &Place) -> Kind {
+        match name {
+            name if *name == self.instance.address => Kind::Address,
+            name if *name == self.instance.later => Kind::Later,
+            _ => Kind::Topic,
+        }
     }
 
     /// Where the owner before has ended. What is not in the log yet it cannot have handed out.
@@ -474,7 +499,7 @@ impl Driver {
     /// Where a partition begins of which nothing was committed: at its beginning, unless the subscription is being created.
     fn start_of(&self, place: &Place) -> Result<u64> {
         let instance = &self.instance;
-        if *place.0 == *instance.address {
+        if self.kind(place) != Kind::Topic {
             return Ok(0);
         }
         let (low, high) = instance.catalog.ends(&place.0, place.1)?;
@@ -694,7 +719,7 @@ fn due_at(due: u64, record: &BorrowedMessage<'_>) -> (Option<tokio::time::Instan
     let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
     let stored = record.timestamp().to_millis().and_then(|millis| u64::try_from(millis).ok()).unwrap_or(now);
     let rung = rung(record.partition()).map_or(0, |rung| u64::try_from(rung.as_millis()).unwrap_or(u64::MAX));
-    let last = record.partition() == i32::try_from(RUNGS).unwrap_or(i32::MAX);
+    let last = record.partition() == TERMS - 1;
     let further = (last && due > stored.saturating_add(rung).saturating_add(1_000)).then_some(due);
     let due = if further.is_some() { stored.saturating_add(rung) } else { due };
     // However the clocks of others go, nobody waits longer than the partition is for.

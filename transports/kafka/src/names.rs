@@ -45,6 +45,11 @@ impl Names {
         format!("{}_tidings.to.{name}", self.prefix)
     }
 
+    /// Where what is sent to a subscription waits until it is due.
+    pub(crate) fn later(&self, name: &SubscriptionName) -> String {
+        format!("{}_tidings.later.{name}", self.prefix)
+    }
+
     pub(crate) fn dead(&self, name: &SubscriptionName) -> String {
         format!("{}_tidings.dead.{name}", self.prefix)
     }
@@ -67,7 +72,7 @@ mod tests {
     fn names_fit_and_stay_apart() {
         let names = Names::new(&"n".repeat(MAX_NAMESPACE));
         let longest = SubscriptionName::new("s".repeat(200)).unwrap();
-        assert!(names.dead(&longest).len() <= 249);
+        assert!(names.later(&longest).len() <= 249);
         let (a, b) = (Names::new("a"), Names::new(""));
         let topic = Topic::new("shop.order").unwrap();
         assert_eq!((a.topic(&topic).as_str(), b.topic(&topic).as_str()), ("a.shop.order", "shop.order"));

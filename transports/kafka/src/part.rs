@@ -4,7 +4,6 @@
 //! the first event of a key is given back and not due, later events of that key wait behind it.
 
 use crate::marks::{self, Marks};
-use crate::topology::{TERMS, rung};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use tidings_core::transport::PrefixTracker;
@@ -48,18 +47,6 @@ pub(crate) enum Kind {
     Address,
     /// What is sent to the subscription with a delay.
     Later,
-    /// What the subscription was created with.
-    Terms,
-}
-
-impl Kind {
-    pub(crate) fn of_address(partition: i32) -> Self {
-        match partition {
-            TERMS => Self::Terms,
-            partition if rung(partition).is_some() => Self::Later,
-            _ => Self::Address,
-        }
-    }
 }
 
 /// What an owner may hand out next.
@@ -155,7 +142,7 @@ impl Part {
             return false;
         }
         self.tracker.hand_out(offset);
-        if self.kind != Kind::Terms && !self.before.is_settled(offset) {
+        if !self.before.is_settled(offset) {
             return true;
         }
         self.settle(offset);

@@ -35,7 +35,7 @@ pub(crate) struct Open {
 
 /// Whose message it is.
 enum Answer {
-    Published(Receipt, Destination),
+    Published(Receipt, Goal),
     /// A record of the transport's own.
     Own(oneshot::Sender<Result<()>>),
 }
@@ -134,14 +134,17 @@ pub(crate) struct Outbox {
 
 struct State {
     client: Option<Arc<Client>>,
-    routes: HashMap<Destination, Arc<str>>,
+    routes: HashMap<Goal, Arc<str>>,
     waiting: VecDeque<Item>,
     /// How many of those that wait are owed: then nobody waits for room.
     owed: usize,
 }
 
+/// Where a message goes, and whether that is later.
+type Goal = (Destination, bool);
+
 struct Item {
-    to: Destination,
+    to: Goal,
     delay: Option<Duration>,
     encoded: Encoded,
     payload: Bytes,
@@ -191,10 +194,11 @@ impl Outbox {
             let why = "Kafka delays only what is sent to a subscription's address";
             return refuse(receipt, error(ErrorKind::Unsupported, why));
         }
+        let delay = delay.filter(|delay| !delay.is_zero());
         match wire::encode(message, &destination, delay) {
             Ok(encoded) => {
                 let (payload, size) = (message.payload.clone(), wire::size(message));
-                Ok(Item { to: destination, delay, encoded, payload, size, owed, receipt })
+                Ok(Item { to: (destination, delay.is_some()), delay, encoded, payload, size, owed, receipt })
             }
             Err(error) => refuse(receipt, error),
         }
@@ -207,10 +211,10 @@ impl Outbox {
     /// Hands a message to the client, which copies it and answers by its report.
     fn produce(&self, client: &Client, topic: &str, item: Item) {
         let Item { to, delay, encoded, payload, size, receipt, .. } = item;
-        let partition = match to {
-            Destination::Topic(_) => None,
-            Destination::Subscription(_) => Some(partition_for(delay)),
-            Destination::DeadLetter(_) => Some(0),
+        let partition = match (&to.0, to.1, delay) {
+            (Destination::Topic(_), ..) => None,
+            (Destination::Subscription(_), true, Some(delay)) => Some(partition_for(delay)),
+            _ => Some(0),
         };
         let record = BaseRecord {
             topic,
@@ -280,7 +284,7 @@ impl Outbox {
     }
 
     /// Sends from the front of the queue; stops at what waits for room, and at a destination that must be found first.
-    fn send_waiting(&self) -> Option<Destination> {
+    fn send_waiting(&self) -> Option<Goal> {
         let mut state = self.state.lock();
         let client = state.client.clone()?;
         while let Some(first) = state.waiting.front() {
@@ -296,7 +300,7 @@ impl Outbox {
     }
 
     /// Finds the topic of a destination, or refuses what waits for it. While no broker answers, it waits.
-    async fn find(self: &Arc<Self>, to: &Destination) {
+    async fn find(self: &Arc<Self>, to: &Goal) {
         let backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
         for round in 1.. {
             let error = match self.route(to).await {
@@ -315,7 +319,7 @@ impl Outbox {
         }
     }
 
-    async fn route(self: &Arc<Self>, to: &Destination) -> Result<Arc<str>> {
+    async fn route(self: &Arc<Self>, (to, is_later): &Goal) -> Result<Arc<str>> {
         let (catalog, names) = (&self.catalog, &self.catalog.names);
         match to {
             Destination::Topic(topic) => {
@@ -327,7 +331,7 @@ impl Outbox {
                     let why = "the subscription does not exist; subscribe or provision it first";
                     return Err(error(ErrorKind::NotFound, why).with_context("subscription", name));
                 }
-                Ok(names.address(name).into())
+                Ok(if *is_later { names.later(name) } else { names.address(name) }.into())
             }
             Destination::DeadLetter(name) => {
                 catalog.ensure_dead(name).await?;

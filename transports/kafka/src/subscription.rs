@@ -21,7 +21,7 @@ use tidings_core::transport::{
     BoxFuture, Destination, Flushed, Ordering, Polled, Settle, Settlement, Subscription, SubscriptionSpec, Tag,
     submit_and_wait,
 };
-use tidings_core::{ErrorKind, Message, Result};
+use tidings_core::{ErrorKind, Message, Result, TopicPattern};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 
@@ -47,7 +47,10 @@ pub(crate) struct Instance {
     pub(crate) catalog: Arc<Catalog>,
     outbox: Arc<Outbox>,
     pub(crate) spec: SubscriptionSpec,
-    pub(crate) address: String,
+    pub(crate) address: Arc<str>,
+    pub(crate) later: Arc<str>,
+    /// Whose owner reads the address too.
+    pub(crate) anchor: Arc<str>,
     pub(crate) mode: Mode,
     pub(crate) state: Mutex<State>,
     pub(crate) signal: Arc<Signal>,
@@ -65,10 +68,13 @@ pub(crate) struct Instance {
 
 impl Instance {
     pub(crate) fn new(catalog: &Arc<Catalog>, outbox: &Arc<Outbox>, spec: SubscriptionSpec, mode: Mode) -> Arc<Self> {
+        let address: Arc<str> = catalog.names.address(&spec.name).into();
         Arc::new(Self {
             catalog: Arc::clone(catalog),
             outbox: Arc::clone(outbox),
-            address: catalog.names.address(&spec.name),
+            anchor: anchor(catalog, &spec).map_or_else(|| Arc::clone(&address), Arc::from),
+            address,
+            later: catalog.names.later(&spec.name).into(),
             state: Mutex::new(State::new(mode, spec.max_in_flight)),
             spec,
             mode,
@@ -95,7 +101,7 @@ impl Instance {
 
     /// Whether the subscription was created to the end. Blocks.
     pub(crate) fn is_created(&self) -> Result<bool> {
-        if !self.is_created.load(SeqCst) && self.catalog.ends(&self.address, TERMS)?.1 > 0 {
+        if !self.is_created.load(SeqCst) && self.catalog.ends(&self.later, TERMS)?.1 > 0 {
             self.is_created.store(true, SeqCst);
         }
         Ok(self.is_created.load(SeqCst))
@@ -261,6 +267,13 @@ impl Drop for KafkaSubscription {
     }
 }
 
+/// The topic whose first partition is read by who reads the address: the same for all instances. With patterns there may be
+/// none, or another later: then the address is shared among the instances as a topic is.
+fn anchor(catalog: &Catalog, spec: &SubscriptionSpec) -> Option<String> {
+    let topics: Option<Vec<_>> = spec.topics.iter().map(TopicPattern::as_topic).collect();
+    topics?.iter().min().map(|topic| catalog.names.topic(topic))
+}
+
 /// Opens a subscription; when it is new, every partition has its position before this returns.
 pub(crate) async fn open(
     catalog: &Arc<Catalog>,
@@ -293,7 +306,8 @@ pub(crate) async fn open(
 async fn expect(instance: &Arc<Instance>) -> Result<oneshot::Receiver<Result<()>>> {
     let topics = instance.spec.topics.clone();
     let mut expected = blocking(&instance.catalog, move |catalog| catalog.matching(&topics)).await?;
-    expected.push((instance.address.clone(), RUNGS + 1));
+    expected.push((instance.address.to_string(), 1));
+    expected.push((instance.later.to_string(), RUNGS));
     let (tell, told) = oneshot::channel();
     *instance.opening.lock() = Some(Opening { expected, tell });
     Ok(told)
@@ -303,7 +317,9 @@ fn join(instance: &Arc<Instance>) -> Result<()> {
     let (catalog, spec) = (&instance.catalog, &instance.spec);
     let consumer = instance.consumer(&client::member(&catalog.config, &catalog.names.group(&spec.name))?)?;
     let mut topics: Vec<String> = spec.topics.iter().map(|topic| catalog.names.subscribed(topic)).collect();
-    topics.push(instance.address.clone());
+    if instance.anchor == instance.address {
+        topics.push(instance.address.to_string());
+    }
     let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
     consumer.subscribe(&topics).map_err(|e| failed("the group cannot be joined", e))?;
     Driver::start(consumer, instance)
@@ -314,7 +330,7 @@ async fn finish_creation(instance: &Arc<Instance>) -> Result<()> {
     let terms = Terms::of(&instance.spec);
     let encoded = serde_json::to_vec(&terms);
     let encoded = encoded.map_err(|e| error(ErrorKind::Internal, "terms cannot be written").with_source(e))?;
-    let record = BaseRecord::to(&instance.address).partition(TERMS).payload(&encoded[..]).key(&[][..]);
+    let record = BaseRecord::to(&instance.later).partition(TERMS).payload(&encoded[..]).key(&[][..]);
     instance.outbox.write(record).await?;
     let name = instance.spec.name.clone();
     let first = blocking(&instance.catalog, move |catalog| catalog.terms(&name)).await?;

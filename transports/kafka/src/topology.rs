@@ -16,24 +16,23 @@ use tidings_core::transport::{Ordering, Start, SubscriptionSpec, TopicSpec, Topo
 use tidings_core::{ErrorKind, Result, SubscriptionName, TopicPattern};
 use tokio::time::{Instant, sleep};
 
-/// The delays for which an address has a partition: 250 ms, and twice the one before.
+/// The delays for which there is a partition beside an address: 250 ms, and twice the one before.
 pub(crate) const RUNGS: u32 = 15;
 /// The shortest of them.
 pub(crate) const FIRST_RUNG: Duration = Duration::from_millis(250);
-/// The partition of an address that holds what the subscription was created with.
-pub(crate) const TERMS: i32 = RUNGS as i32 + 1;
+/// The partition behind those, which holds what the subscription was created with.
+pub(crate) const TERMS: i32 = RUNGS as i32;
 
-/// The delay of a partition of an address; `None` for the one without, and for the one with the terms.
+/// The delay of a partition; `None` for the one with the terms.
 pub(crate) fn rung(partition: i32) -> Option<Duration> {
-    let rung = u32::try_from(partition).ok()?.checked_sub(1).filter(|rung| *rung < RUNGS)?;
+    let rung = u32::try_from(partition).ok().filter(|rung| *rung < RUNGS)?;
     Some(FIRST_RUNG * (1 << rung))
 }
 
-/// The partition of an address for what is due after `delay`.
-pub(crate) fn partition_for(delay: Option<Duration>) -> i32 {
-    let Some(delay) = delay.filter(|delay| !delay.is_zero()) else { return 0 };
+/// The partition for what is due after `delay`.
+pub(crate) fn partition_for(delay: Duration) -> i32 {
     let fits = |partition: &i32| rung(*partition).is_some_and(|rung| rung >= delay);
-    (1..TERMS).find(fits).unwrap_or(TERMS - 1)
+    (0..TERMS).find(fits).unwrap_or(TERMS - 1)
 }
 
 /// What a subscription was created with, as it is kept.
@@ -143,44 +142,67 @@ impl Catalog {
 
     /// The first offset of a partition, and one after the last. Blocks.
     pub(crate) fn ends(&self, name: &str, partition: i32) -> Result<(u64, u64)> {
-        let ends = self.lookup.fetch_watermarks(name, partition, self.timeout());
-        let (low, high) = ends.map_err(|e| failed("the ends of a partition cannot be looked up", e))?;
+        let why = "the ends of a partition cannot be looked up";
+        let look = || self.lookup.fetch_watermarks(name, partition, self.timeout()).map_err(|e| failed(why, e));
+        let (low, high) = self.patiently(look)?;
         Ok((u64::try_from(low).unwrap_or(0), u64::try_from(high).unwrap_or(0)))
+    }
+
+    /// Asks again what a broker could not answer just then: leaders move, and what was created becomes known one by one.
+    fn patiently<T>(&self, ask: impl Fn() -> Result<T>) -> Result<T> {
+        let deadline = std::time::Instant::now() + self.timeout();
+        loop {
+            match ask() {
+                Err(error)
+                    if error.is_transient() && std::time::Instant::now() < deadline && !self.link.is_closed() =>
+                {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                answer => return answer,
+            }
+        }
     }
 
     /// What a subscription was created with; `None` if it was not, or not to the end. Blocks.
     pub(crate) fn terms(&self, name: &SubscriptionName) -> Result<Option<Terms>> {
-        let address = self.names.address(name);
-        if self.partitions(&address)?.is_none() {
+        let later = self.names.later(name);
+        if self.partitions(&later)?.is_none() {
             return Ok(None);
         }
-        let (low, high) = self.ends(&address, TERMS)?;
+        let (low, high) = self.ends(&later, TERMS)?;
         let mut terms = None;
-        self.reader.read(&address, TERMS, low..high, |record| {
+        self.reader.read(&later, TERMS, low..high, |record| {
             terms = record.payload().and_then(|payload| serde_json::from_slice(payload).ok());
             terms.is_none()
         })?;
         Ok(terms)
     }
 
-    /// Creates a topic; that it exists is fine.
-    pub(crate) async fn create(self: &Arc<Self>, name: &str, partitions: u32, config: &[(&str, &str)]) -> Result<()> {
+    /// Creates topics, each with so many partitions; that they exist is fine.
+    async fn create(self: &Arc<Self>, topics: &[(&str, u32)], config: &[(&str, &str)]) -> Result<()> {
         let replication = match self.config.replication {
             0 => -1,
             n => i32::try_from(n).unwrap_or(i32::MAX),
         };
-        let partition_count = i32::try_from(partitions).unwrap_or(i32::MAX);
-        let mut topic = NewTopic::new(name, partition_count, TopicReplication::Fixed(replication));
-        topic.config = config.to_vec();
-        let created = self.admin.create_topics([&topic], &self.options()).await;
-        let why = "the topic cannot be created";
+        let mut new = Vec::with_capacity(topics.len());
+        for (name, partitions) in topics {
+            let partitions = i32::try_from(*partitions).unwrap_or(i32::MAX);
+            let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(replication));
+            topic.config = config.to_vec();
+            new.push(topic);
+        }
+        let why = "a topic cannot be created";
+        let created = self.admin.create_topics(&new, &self.options()).await;
         for result in created.map_err(|e| failed(why, e))? {
             match result {
                 Ok(_) | Err((_, Code::TopicAlreadyExists)) => {}
-                Err((_, refused)) => return Err(code(why, refused).with_context("topic", name)),
+                Err((name, refused)) => return Err(code(why, refused).with_context("topic", name)),
             }
         }
-        self.wait_for(name, partitions).await
+        for (name, partitions) in topics {
+            self.wait_for(name, *partitions).await?;
+        }
+        Ok(())
     }
 
     /// Waits until the brokers know a topic that was created.
@@ -214,16 +236,16 @@ impl Catalog {
     async fn create_topic(self: &Arc<Self>, spec: &TopicSpec) -> Result<()> {
         let retention = retention_ms(spec.retention.unwrap_or(self.config.retention));
         let config = [("retention.ms", retention.as_str()), ("cleanup.policy", "delete")];
-        self.create(&self.names.topic(&spec.topic), spec.slots, &config).await
+        self.create(&[(&self.names.topic(&spec.topic), spec.slots)], &config).await
     }
 
     async fn create_address(self: &Arc<Self>, name: &SubscriptionName) -> Result<()> {
         let config = [("retention.ms", "-1"), ("cleanup.policy", "delete")];
-        self.create(&self.names.address(name), RUNGS + 2, &config).await
+        self.create(&[(&self.names.address(name), 1), (&self.names.later(name), RUNGS + 1)], &config).await
     }
 
     async fn create_dead(self: &Arc<Self>, name: &SubscriptionName) -> Result<()> {
-        self.create(&self.names.dead(name), 1, &[("cleanup.policy", "compact")]).await
+        self.create(&[(&self.names.dead(name), 1)], &[("cleanup.policy", "compact")]).await
     }
 
     /// Finds a topic to publish to, creating it if that is allowed.
@@ -357,10 +379,9 @@ mod tests {
 
     #[test]
     fn a_delay_goes_to_the_first_rung_that_is_as_long() {
-        let partition = |millis| partition_for(Some(Duration::from_millis(millis)));
-        assert_eq!((partition_for(None), partition(0)), (0, 0));
-        assert_eq!((partition(1), partition(250), partition(251), partition(500)), (1, 1, 2, 2));
-        assert_eq!((partition(4_096_000), partition(u64::MAX / 2)), (15, 15));
-        assert_eq!((rung(0), rung(15), rung(TERMS)), (None, Some(Duration::from_millis(4_096_000)), None));
+        let partition = |millis| partition_for(Duration::from_millis(millis));
+        assert_eq!((partition(1), partition(250), partition(251), partition(500)), (0, 0, 1, 1));
+        assert_eq!((partition(4_096_000), partition(u64::MAX / 2)), (14, 14));
+        assert_eq!((rung(14), rung(TERMS)), (Some(Duration::from_millis(4_096_000)), None));
     }
 }

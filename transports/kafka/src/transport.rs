@@ -83,7 +83,7 @@ impl KafkaTransport {
                 link.denied().map(|why| error(ErrorKind::Denied, format!("the credentials were refused: {why}")));
             return Err(refused.unwrap_or(unreachable).with_operation("connect"));
         }
-        tokio::spawn(watch(catalog, link));
+        tokio::spawn(watch(Arc::downgrade(&catalog), link));
         Ok(Arc::new(transport))
     }
 
@@ -126,16 +126,19 @@ impl Catalog {
 }
 
 /// Finds out when the cluster can be reached again, and keeps what clients tell from piling up.
-async fn watch(catalog: Arc<Catalog>, link: Arc<Link>) {
+async fn watch(catalog: Weak<Catalog>, link: Arc<Link>) {
     let mut up = link.up.subscribe();
     let mut round = 0;
     while !link.is_closed() {
+        let Some(catalog) = catalog.upgrade() else { return };
         if link.is_up() {
             round = 0;
+            drop(catalog);
             let _ = tokio::time::timeout(Duration::from_secs(1), up.changed()).await;
             continue;
         }
         let answered = blocking(&catalog, |catalog| catalog.answers(Duration::from_secs(1))).await;
+        drop(catalog);
         if answered.is_ok() {
             link.recover();
         } else {
@@ -232,8 +235,7 @@ impl Transport for KafkaTransport {
 
 impl Drop for KafkaTransport {
     fn drop(&mut self) {
-        self.link.closed.store(true, SeqCst);
+        // What is open goes on without it, and publishes nothing any more.
         self.outbox.abandon();
-        self.end();
     }
 }
