@@ -10,6 +10,7 @@ use tidings_conformance::{Broker, Factory};
 use tidings_core::{Connect, Error, ErrorKind, Result};
 use tidings_directory::DirectoryConfig;
 use tidings_kafka::rdkafka::admin::AdminOptions;
+use tidings_kafka::rdkafka::metadata::MetadataTopic;
 use tidings_kafka::{KafkaClient, KafkaConfig, KafkaTransport};
 use tidings_nats::{NatsConfig, NatsTransport};
 
@@ -397,7 +398,7 @@ impl Broker for KafkaBroker {
         let metadata = tokio::task::block_in_place(|| admin.inner().fetch_metadata(Some(&name), timeout));
         let metadata = metadata.map_err(unreachable)?;
         let mut offsets = tidings_kafka::rdkafka::TopicPartitionList::new();
-        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+        for partition in metadata.topics().iter().flat_map(MetadataTopic::partitions) {
             let end = tidings_kafka::rdkafka::Offset::End;
             offsets.add_partition_offset(&name, partition.id(), end).map_err(unreachable)?;
         }
@@ -412,7 +413,7 @@ impl Broker for KafkaBroker {
         let (own, timeout) = (format!("{}.", self.config.namespace), std::time::Duration::from_secs(10));
         let metadata = tokio::task::block_in_place(|| admin.inner().fetch_metadata(None, timeout));
         let metadata = metadata.map_err(unreachable)?;
-        let topics: Vec<&str> = metadata.topics().iter().map(|topic| topic.name()).collect();
+        let topics: Vec<&str> = metadata.topics().iter().map(MetadataTopic::name).collect();
         let topics: Vec<&str> = topics.into_iter().filter(|name| name.starts_with(&own)).collect();
         if !topics.is_empty() {
             admin.delete_topics(&topics, &AdminOptions::new()).await.map_err(unreachable)?;

@@ -336,11 +336,11 @@ impl KafkaConfig {
             Some(mechanism) if mechanism != Sasl::Plain && !cfg!(feature = "sasl") => {
                 return refuse("sasl", "this login is not compiled in: build with the feature `sasl`");
             }
-            Some(mechanism) => {
-                if mechanism != Sasl::OAuthBearer && (self.user.is_none() || self.password.is_none()) {
-                    return refuse("password", "this login needs a user and a password");
-                }
+            Some(Sasl::OAuthBearer) => {}
+            Some(_) if self.user.is_none() || self.password.is_none() => {
+                return refuse("password", "this login needs a user and a password");
             }
+            Some(_) => {}
         }
         Ok(())
     }

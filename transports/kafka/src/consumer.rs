@@ -125,7 +125,9 @@ fn places(list: &TopicPartitionList) -> Vec<Place> {
 
 fn list_of<'a>(places: impl IntoIterator<Item = &'a Place>) -> TopicPartitionList {
     let mut list = TopicPartitionList::new();
-    places.into_iter().for_each(|(name, partition)| drop(list.add_partition(name, *partition)));
+    for (name, partition) in places {
+        list.add_partition(name, *partition);
+    }
     list
 }
 

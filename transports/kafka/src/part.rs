@@ -50,6 +50,7 @@ pub(crate) enum Kind {
 }
 
 /// What an owner may hand out next.
+#[expect(clippy::large_enum_variant, reason = "it is taken apart at once; a box for each event would cost more")]
 pub(crate) enum Next {
     Item(Item),
     /// Nothing before this.

@@ -292,7 +292,7 @@ impl Outbox {
                 return None;
             }
             let Some(topic) = state.routes.get(&first.to).cloned() else { return Some(first.to.clone()) };
-            let Some(item) = state.waiting.pop_front() else { return None };
+            let item = state.waiting.pop_front()?;
             state.owed -= usize::from(item.owed);
             self.produce(&client, &topic, item);
         }
