@@ -7,5 +7,11 @@ use tidings_conformance::Suite;
 use tidings_tests::factories::{Directory, Kafka, Memory, Nats};
 
 fn main() -> ExitCode {
-    Suite::new().with(Memory).with(Directory).with_requested(Nats::default()).with_requested(Kafka::default()).main()
+    Suite::new()
+        .with(Memory)
+        .with(Directory)
+        .with_requested(Nats::default())
+        .with_requested(Kafka::default())
+        .with_requested(Kafka::kip_848())
+        .main()
 }

@@ -11,7 +11,7 @@ use tidings_core::{Connect, Error, ErrorKind, Result};
 use tidings_directory::DirectoryConfig;
 use tidings_kafka::rdkafka::admin::AdminOptions;
 use tidings_kafka::rdkafka::metadata::MetadataTopic;
-use tidings_kafka::{KafkaClient, KafkaConfig, KafkaTransport};
+use tidings_kafka::{GroupProtocol, KafkaClient, KafkaConfig, KafkaTransport};
 use tidings_nats::{NatsConfig, NatsTransport};
 
 /// Names a server to use in place of one of its own.
@@ -246,6 +246,7 @@ impl Broker for NatsBroker {
 #[derive(Debug, Default)]
 pub struct Kafka {
     started: Mutex<Option<Arc<Started>>>,
+    protocol: GroupProtocol,
 }
 
 /// Names a broker to use in place of one of its own.
@@ -263,6 +264,12 @@ struct Started {
 }
 
 impl Kafka {
+    /// With the group protocol of KIP-848.
+    #[must_use]
+    pub fn kip_848() -> Self {
+        Self { protocol: GroupProtocol::Consumer, ..Self::default() }
+    }
+
     fn started(&self) -> Result<Arc<Started>> {
         let mut started = self.started.lock().expect("no panic inside");
         if started.is_none() {
@@ -309,7 +316,10 @@ async fn proxied(started: Arc<Started>) -> Result<(Proxy, Arc<Started>, (u16, u1
 #[async_trait]
 impl Factory for Kafka {
     fn name(&self) -> &'static str {
-        "kafka"
+        match self.protocol {
+            GroupProtocol::Classic => "kafka",
+            GroupProtocol::Consumer => "kafka-848",
+        }
     }
 
     async fn open(&self, namespace: &str) -> Result<Arc<dyn Broker>> {
@@ -325,6 +335,7 @@ impl Factory for Kafka {
         // What a dead instance had is taken over, and what appears is read, soon enough for a test.
         config.session_timeout = std::time::Duration::from_secs(3);
         config.metadata_refresh = std::time::Duration::from_secs(1);
+        config.group_protocol = self.protocol;
         Ok(Arc::new(KafkaBroker { config, place }))
     }
 

@@ -33,6 +33,8 @@ const COMMIT_INTERVAL: Duration = Duration::from_millis(50);
 const AGAIN: Duration = Duration::from_millis(100);
 /// How long what is read ahead may be enough before reading is paused, which throws away what the client holds.
 const PAUSE_AFTER: Duration = Duration::from_millis(200);
+/// After how long without a partition an instance says that it stands by.
+const STAND_BY_AFTER: Duration = Duration::from_secs(1);
 /// The most records taken in one turn.
 const BATCH: usize = 512;
 
@@ -199,6 +201,8 @@ pub(crate) struct Driver {
     full_since: Option<Instant>,
     is_paused: bool,
     next_look: Instant,
+    /// Until it is first told what it reads.
+    unassigned_since: Option<Instant>,
     /// How many partitions of each number were read to their end.
     ends: HashMap<i32, usize>,
 }
@@ -237,6 +241,7 @@ impl Driver {
             full_since: None,
             is_paused: false,
             next_look: now,
+            unassigned_since: Some(now),
             ends: HashMap::new(),
         };
         if !parts.is_empty() {
@@ -431,6 +436,11 @@ impl Driver {
 
     /// Does the next thing that the group waits for, if it can be done now.
     fn change(&mut self) {
+        // Not every group tells who gets nothing.
+        if self.unassigned_since.is_some_and(|since| since.elapsed() >= STAND_BY_AFTER) {
+            self.unassigned_since = None;
+            self.instance.state.lock().tell_role();
+        }
         while let Some(change) = self.changes.pop_front() {
             let open = match change {
                 Change::Assign { places, not_before } => self.assign(places, not_before),
@@ -449,6 +459,7 @@ impl Driver {
         }
         match self.begin(&places) {
             Ok(()) => {
+                self.unassigned_since = None;
                 self.instance.state.lock().tell_role();
                 None
             }

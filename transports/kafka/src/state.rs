@@ -252,8 +252,11 @@ impl State {
                         break;
                     }
                     Next::Unreserved => {
+                        // It was not far enough ahead for how fast it goes.
+                        if part.reserved > 0 && !part.dirty {
+                            self.reserve = (self.reserve * 2).min(65_536);
+                        }
                         part.dirty = true;
-                        self.reserve = (self.reserve * 2).min(65_536);
                         call = Call::Now;
                         break;
                     }
