@@ -371,19 +371,33 @@ impl Driver {
             if (low..=high).contains(&read_to) {
                 continue;
             }
-            let next = read_to.clamp(low, high);
-            if let Err(error) = self.go_on(&(Arc::clone(&name), partition), next) {
+            let place = (name, partition);
+            if read_to > high {
+                self.begin_anew(&place, epoch, (low, high));
+                continue;
+            }
+            if let Err(error) = self.go_on(&place, low) {
                 tracing::warn!(%error, "a partition cannot be read on");
                 continue;
             }
             let mut state = self.instance.state.lock();
             let Some(part) = state.parts.get_mut(&epoch) else { continue };
-            part.skip_to(next);
+            part.skip_to(low);
             let topic = part.topic.clone();
-            if read_to < low {
-                state.tell(Notice::Gap { topic, missed_at_most: low - read_to, from: read_to, to: low });
-            }
+            state.tell(Notice::Gap { topic, missed_at_most: low - read_to, from: read_to, to: low });
         }
+    }
+
+    /// Reads a partition from its beginning: its log ends before where it was read to, so it was made anew, or has lost its end.
+    /// What is there may have been handed out.
+    fn begin_anew(&mut self, place: &Place, epoch: u32, (low, high): (u64, u64)) {
+        let part = Part::new(&place.0, place.1, self.kind(place), self.instance.mode == Mode::Keyed);
+        self.instance.state.lock().remove(&[epoch]);
+        let unassigned =
+            self.consumer.incremental_unassign(&list_of([place])).map_err(|e| failed("it cannot be let go", e));
+        let taken = unassigned.and_then(|()| self.take_on(vec![part.starting_at(low, Marks::handed_out(high))]));
+        tracing::warn!(topic = %place.0, partition = place.1, ?taken, "a log ends before what was read of it: it is read anew");
+        self.instance.state.lock().tell_role();
     }
 
     /// Reads a partition from another offset on. The client seeks none that it has given up.

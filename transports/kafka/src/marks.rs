@@ -19,6 +19,11 @@ pub(crate) struct Marks {
 }
 
 impl Marks {
+    /// Everything before this may have been handed out, and nothing is known to be settled.
+    pub(crate) fn handed_out(before: u64) -> Self {
+        Self { handed: before, settled: Vec::new() }
+    }
+
     pub(crate) fn is_settled(&self, offset: u64) -> bool {
         let after = self.settled.partition_point(|(first, _)| *first <= offset);
         after.checked_sub(1).is_some_and(|at| offset < self.settled[at].1)
