@@ -7,11 +7,13 @@ use tidings_conformance::Suite;
 use tidings_tests::factories::{Directory, Kafka, Memory, Nats};
 
 fn main() -> ExitCode {
-    Suite::new()
+    let ended = Suite::new()
         .with(Memory)
         .with(Directory)
         .with_requested(Nats::default())
         .with_requested(Kafka::default())
         .with_requested(Kafka::kip_848())
-        .main()
+        .main();
+    tidings_tests::server::stop_all();
+    ended
 }

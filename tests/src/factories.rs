@@ -375,7 +375,12 @@ impl Broker for KafkaBroker {
             proxy.set(|weather| weather.refusing = true);
             proxy.cut();
             // Its partitions are the group's, and outlive a connection.
-            tokio::time::sleep(self.config.session_timeout + std::time::Duration::from_millis(1500)).await;
+            let session = match self.config.group_protocol {
+                GroupProtocol::Classic => self.config.session_timeout,
+                // As `scripts/brokers` configures it.
+                GroupProtocol::Consumer => std::time::Duration::from_secs(6),
+            };
+            tokio::time::sleep(session + std::time::Duration::from_millis(1500)).await;
             proxy.set(|weather| weather.refusing = false);
         }
         Ok(())

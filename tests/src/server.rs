@@ -4,6 +4,7 @@ use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 /// A broker that was started for this process; dropped, it is stopped and its data removed.
@@ -57,6 +58,7 @@ impl Server {
         let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
         server.up()?;
         server.url = server.run("url")?.trim().to_owned();
+        STARTED.lock().expect("no panic inside").push(server.twin());
         Ok(server)
     }
 
@@ -90,6 +92,12 @@ impl Server {
         self.run("restart").map(drop)
     }
 
+    /// The same server: whichever is dropped first stops it.
+    fn twin(&self) -> Self {
+        let (state, variables, url) = (self.state.clone(), self.variables.clone(), self.url.clone());
+        Self { broker: self.broker, state, variables, url }
+    }
+
     fn run(&self, what: &str) -> io::Result<String> {
         let mut command = script();
         command.args([what, self.broker]).env("TIDINGS_STATE", &self.state).envs(self.variables.iter().cloned());
@@ -101,8 +109,19 @@ impl Server {
     }
 }
 
+/// What was started and not stopped yet.
+static STARTED: Mutex<Vec<Server>> = Mutex::new(Vec::new());
+
+/// Stops what nobody has stopped: what a case left behind may hold on to its server until the process ends.
+pub fn stop_all() {
+    drop(std::mem::take(&mut *STARTED.lock().expect("no panic inside")));
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
+        if !self.state.exists() {
+            return;
+        }
         if let Err(error) = self.run("down") {
             eprintln!("{} was not stopped: {error}", self.broker);
         }
