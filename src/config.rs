@@ -3,9 +3,10 @@
 use crate::{BusConfig, Error, ErrorKind, Result, SubscriptionName, Topic};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_path_to_error::{Path, Segment};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::Path as FilePath;
 use std::time::Duration;
 use tidings_core::transport::TopicSpec;
 use toml::{Table, Value};
@@ -58,6 +59,8 @@ pub struct Config {
     pub bus: BusConfig,
     pub(crate) topics: Vec<TopicSpec>,
     pub(crate) sections: Table,
+    /// Where it was read, for errors.
+    origin: String,
 }
 
 #[derive(Deserialize)]
@@ -86,21 +89,27 @@ impl Config {
     fn load_from(variables: &BTreeMap<String, String>) -> Result<Self> {
         let named = variables.get("TIDINGS_CONFIG");
         let path = named.map_or(FILE, String::as_str);
-        let mut table = if named.is_some() || Path::new(path).exists() { read(Path::new(path))? } else { Table::new() };
+        let is_there = named.is_some() || FilePath::new(path).exists();
+        let mut table = if is_there { read(FilePath::new(path))? } else { Table::new() };
+        let mut origin = if is_there { path.to_owned() } else { String::new() };
         for (name, value) in variables {
             if let Some(key) = name.strip_prefix("TIDINGS_").filter(|key| *key != "CONFIG" && !key.starts_with("TEST_"))
             {
                 overlay(&mut table, name, &key.to_ascii_lowercase(), value)?;
+                if !origin.is_empty() {
+                    origin.push_str(", ");
+                }
+                origin.push_str(name);
             }
         }
-        Self::from_table(table, "configuration")
+        Self::from_table(table, if origin.is_empty() { "no configuration" } else { &origin })
     }
 
     /// Reads a file, and no variables.
     ///
     /// # Errors
     /// As [`load`](Self::load).
-    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+    pub fn from_file(path: impl AsRef<FilePath>) -> Result<Self> {
         let path = path.as_ref();
         Self::from_table(read(path)?, &path.display().to_string())
     }
@@ -189,21 +198,19 @@ impl Config {
                 .map_err(|e| invalid(origin, "namespace", "malformed").with_source(e))?;
         }
         config.sections = table;
+        config.origin = origin.to_owned();
         Ok(config)
     }
 
     /// The section of the selected transport, strictly.
-    #[cfg(any(feature = "memory", feature = "nats"))]
+    #[cfg(any(feature = "memory", feature = "nats", feature = "rabbitmq"))]
     pub(crate) fn section<T: DeserializeOwned + Default>(&self, name: &'static str) -> Result<T> {
         let section = self.sections.get(name).cloned();
-        section.map_or_else(
-            || Ok(T::default()),
-            |value| value.try_into().map_err(|e| malformed("configuration", name, &e)),
-        )
+        section.map_or_else(|| Ok(T::default()), |value| typed(value, name, &self.origin))
     }
 }
 
-fn read(path: &Path) -> Result<Table> {
+fn read(path: &FilePath) -> Result<Table> {
     let origin = path.display().to_string();
     let text = std::fs::read_to_string(path)
         .map_err(|error| invalid(&origin, "", "the file cannot be read").with_source(error))?;
@@ -239,7 +246,41 @@ fn scalar(text: &str) -> Value {
 }
 
 fn take<T: DeserializeOwned>(table: &mut Table, key: &'static str, origin: &str) -> Result<Option<T>> {
-    table.remove(key).map(Value::try_into).transpose().map_err(|error| malformed(origin, key, &error))
+    table.remove(key).map(|value| typed(value, key, origin)).transpose()
+}
+
+/// Reads a value strictly; what is wrong is named by its whole path, such as `nats.ack_wait_ms`.
+fn typed<T: DeserializeOwned>(mut value: Value, key: &str, origin: &str) -> Result<T> {
+    loop {
+        let error = match serde_path_to_error::deserialize(value.clone()) {
+            Ok(typed) => return Ok(typed),
+            Err(error) => error,
+        };
+        // A variable that holds nothing but digits was taken for a number.
+        let is_text = error.inner().message().ends_with("expected a string");
+        if is_text
+            && let Some(found) = at(&mut value, error.path())
+            && let Some(text) = as_text(found)
+        {
+            *found = Value::String(text);
+            continue;
+        }
+        let path = error.path().to_string();
+        let path = if path == "." { key.to_owned() } else { format!("{key}.{path}") };
+        return Err(invalid(origin, &path, error.inner().message().to_owned()));
+    }
+}
+
+fn at<'a>(value: &'a mut Value, path: &Path) -> Option<&'a mut Value> {
+    path.iter().try_fold(value, |value, segment| match segment {
+        Segment::Map { key } => value.get_mut(key),
+        Segment::Seq { index } => value.get_mut(index),
+        _ => None,
+    })
+}
+
+fn as_text(value: &Value) -> Option<String> {
+    value.as_integer().map(|n| n.to_string()).or_else(|| value.as_bool().map(|b| b.to_string()))
 }
 
 fn bus(table: &mut Table, origin: &str) -> Result<BusConfig> {
@@ -252,7 +293,7 @@ fn bus(table: &mut Table, origin: &str) -> Result<BusConfig> {
         };
         section.insert("content_type".into(), content_type.into());
     }
-    let config: BusConfig = section.try_into().map_err(|error| malformed(origin, "bus", &error))?;
+    let config: BusConfig = typed(Value::Table(section), "bus", origin)?;
     let known = crate::codecs::CONTENT_TYPES;
     if known.contains(&config.content_type.as_str()) {
         return Ok(config);
@@ -277,10 +318,6 @@ fn topics(table: &mut Table, origin: &str) -> Result<Vec<TopicSpec>> {
         Ok(TopicSpec { topic, slots: section.slots, retention, retained: section.retained })
     };
     sections.into_iter().map(spec).collect()
-}
-
-fn malformed(origin: &str, key: &str, error: &toml::de::Error) -> Error {
-    invalid(origin, key, error.message().to_owned())
 }
 
 fn invalid(origin: &str, key: &str, why: impl Into<std::borrow::Cow<'static, str>>) -> Error {
@@ -331,6 +368,21 @@ mod tests {
         std::fs::remove_dir_all(dir).unwrap();
     }
 
+    #[test]
+    fn a_text_of_digits_is_a_text_where_one_is_expected() {
+        let vars =
+            env(&[("TIDINGS_NAMESPACE", "42"), ("TIDINGS_BUS__SOURCE", "true"), ("TIDINGS_BUS__LINGER_MS", "7")]);
+        let config = Config::load_from(&vars).unwrap();
+        assert_eq!((config.namespace.as_deref(), config.bus.source.as_str()), (Some("42"), "true"));
+        assert_eq!(config.bus.linger_ms, 7);
+        #[cfg(feature = "memory")]
+        {
+            let config = Config::load_from(&env(&[("TIDINGS_MEMORY__NAME", "007"), ("TIDINGS_MEMORY__RETAIN", "7")]));
+            let memory: crate::memory::MemoryConfig = config.unwrap().section("memory").unwrap();
+            assert_eq!((memory.name.as_str(), memory.retain), ("007", 7));
+        }
+    }
+
     #[cfg(feature = "testing")]
     #[tokio::test]
     async fn each_test_has_a_namespace_of_its_own() {
@@ -360,6 +412,8 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Config, "{text}");
             assert!(error.to_string().contains(named), "{text}: {error}");
         }
+        let error = Config::load_from(&env(&[("TIDINGS_BUS__MAX_PAYLOAD", "many")])).unwrap_err().to_string();
+        assert!(error.contains("TIDINGS_BUS__MAX_PAYLOAD") && error.contains("key=bus.max_payload"), "{error}");
         let error = Config::load_from(&env(&[("TIDINGS_TRANSPROT", "memory")])).unwrap_err();
         assert!(error.to_string().contains("transprot"), "{error}");
         let error = Config::load_from(&env(&[("TIDINGS_CONFIG", "/nowhere.toml")])).unwrap_err();

@@ -23,7 +23,9 @@ pub(crate) fn scheme(url: &str) -> Result<&'static str> {
     let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
     let Some((_, transport)) = SCHEMES.into_iter().find(|(known, _)| *known == scheme) else {
         let known: Vec<_> = SCHEMES.into_iter().map(|(scheme, _)| format!("{scheme}://")).collect();
-        let why = format!("unknown scheme `{scheme}` of the url; known are {}", known.join(", "));
+        let is_scheme = scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+        let named = if is_scheme { format!("unknown scheme `{scheme}`") } else { "no scheme".into() };
+        let why = format!("{named} in the url; known are {}", known.join(", "));
         return Err(Error::new(ErrorKind::Config, why).with_operation("connect"));
     };
     compiled_in(transport)
@@ -35,6 +37,8 @@ fn compiled_in(transport: &'static str) -> Result<&'static str> {
         "memory" => Ok(transport),
         #[cfg(feature = "nats")]
         "nats" => Ok(transport),
+        #[cfg(feature = "rabbitmq")]
+        "rabbitmq" => Ok(transport),
         // A feature of a transport that is not released yet does not exist; the text is the same then.
         _ => {
             let why =
@@ -66,6 +70,8 @@ impl Config {
             "memory" => self.memory(),
             #[cfg(feature = "nats")]
             "nats" => Ok(tidings_nats::NatsTransport::connect(self.nats()?).await?),
+            #[cfg(feature = "rabbitmq")]
+            "rabbitmq" => Ok(tidings_rabbitmq::RabbitMqTransport::connect(self.rabbitmq()?).await?),
             other => Err(Error::new(ErrorKind::Internal, format!("transport `{other}` has no connector"))),
         }
     }
@@ -100,6 +106,18 @@ impl Config {
         }
         Ok(config)
     }
+
+    #[cfg(feature = "rabbitmq")]
+    fn rabbitmq(&self) -> Result<tidings_rabbitmq::RabbitMqConfig> {
+        let mut config: tidings_rabbitmq::RabbitMqConfig = self.section("rabbitmq")?;
+        if let Some(url) = &self.url {
+            config = config.with_url(url)?;
+        }
+        if let Some(namespace) = &self.namespace {
+            config.namespace.clone_from(namespace);
+        }
+        Ok(config)
+    }
 }
 
 impl Config {
@@ -116,6 +134,8 @@ impl Config {
                 self.section::<tidings_nats::NatsConfig>(name)?;
                 Ok(Some(tidings_nats::capabilities()))
             }
+            #[cfg(feature = "rabbitmq")]
+            "rabbitmq" => Ok(Some(tidings_rabbitmq::capabilities(&self.section(name)?))),
             _ => Ok(None),
         }
     }

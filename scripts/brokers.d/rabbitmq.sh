@@ -5,10 +5,10 @@
 # is out of support. It needs no privilege where user name spaces are allowed.
 
 rabbitmq_suite=trixie
-rabbitmq_port=${TIDINGS_RABBITMQ_PORT:-17672}
-rabbitmq_stream_port=${TIDINGS_RABBITMQ_STREAM_PORT:-17552}
-rabbitmq_dist_port=${TIDINGS_RABBITMQ_DIST_PORT:-17673}
-rabbitmq_epmd_port=${TIDINGS_RABBITMQ_EPMD_PORT:-17369}
+rabbitmq_port=${TIDINGS_TEST_RABBITMQ_PORT:-17672}
+rabbitmq_stream_port=${TIDINGS_TEST_RABBITMQ_STREAM_PORT:-17552}
+rabbitmq_dist_port=${TIDINGS_TEST_RABBITMQ_DIST_PORT:-17673}
+rabbitmq_epmd_port=${TIDINGS_TEST_RABBITMQ_EPMD_PORT:-17369}
 
 rabbitmq_url() { echo "amqp://guest:guest@127.0.0.1:$1"; }
 rabbitmq_home() { echo "$cache/rabbitmq-$rabbitmq_suite-$(uname -m)"; }
@@ -20,7 +20,7 @@ rabbitmq_running_version() {
 
 # The machine's own mirror of Debian; Ubuntu's do not carry it.
 debian_mirror() {
-  local mirror=${TIDINGS_DEBIAN_MIRROR:-}
+  local mirror=${TIDINGS_TEST_DEBIAN_MIRROR:-}
   # shellcheck disable=SC2016  # apt's own placeholder
   [[ -n $mirror ]] || mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
     grep -m1 -E '^https?://.*/debian/?$' || true)
@@ -87,7 +87,7 @@ rabbitmq_name_spaces() {
   local spaces=(--mount --pid --fork --kill-child)
   ((UID == 0)) || spaces+=(--user --map-root-user)
   unshare "${spaces[@]}" true 2>/dev/null ||
-    die "RabbitMQ runs in name spaces of its own, which this machine refuses: be root, or set TIDINGS_RABBITMQ_URL"
+    die "RabbitMQ runs in name spaces of its own, which this machine refuses: be root, or set TIDINGS_TEST_RABBITMQ_URL"
   echo "${spaces[@]}"
 }
 

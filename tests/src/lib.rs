@@ -3,7 +3,9 @@
 pub mod broken;
 pub mod factories;
 pub mod faulty;
+mod kafka;
 pub mod proxy;
+mod rabbitmq;
 pub mod server;
 pub mod sim;
 

@@ -4,8 +4,9 @@ use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, Weak};
+use tidings_core::{Error, ErrorKind, Result};
 
 /// A broker that was started for this process; dropped, it is stopped and its data removed.
 #[derive(Debug)]
@@ -28,14 +29,14 @@ impl Server {
     /// A Kafka broker with `count` more listeners, and for each its port and the port of the proxy that it tells its clients.
     ///
     /// # Errors
-    /// What `scripts/brokers` said, in one line.
+    /// As [`start`](Self::start).
     pub fn start_proxied_kafka(count: usize) -> io::Result<(Self, Vec<(u16, u16)>)> {
         let free = (0..count * 2).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<io::Result<Vec<_>>>()?;
         let ports = free.iter().map(|free| Ok(free.local_addr()?.port())).collect::<io::Result<Vec<_>>>()?;
         drop(free);
         let pairs: Vec<(u16, u16)> = ports.chunks(2).map(|pair| (pair[0], pair[1])).collect();
         let told: Vec<_> = pairs.iter().map(|(port, proxy)| format!("{port}:{proxy}")).collect();
-        let server = Self::start_with("kafka", vec![("TIDINGS_KAFKA_PROXIED".into(), told.join(","))])?;
+        let server = Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_PROXIED".into(), told.join(","))])?;
         Ok((server, pairs))
     }
 
@@ -50,7 +51,7 @@ impl Server {
         // All are held until all are known, so that no two are the same.
         let free = ports.iter().map(|_| TcpListener::bind("127.0.0.1:0")).collect::<io::Result<Vec<_>>>()?;
         let variable = |(name, port): (&&str, &TcpListener)| {
-            port.local_addr().map(|address| (format!("TIDINGS_{name}_PORT"), address.port().to_string()))
+            port.local_addr().map(|address| (format!("TIDINGS_TEST_{name}_PORT"), address.port().to_string()))
         };
         let mut variables = ports.iter().zip(&free).map(variable).collect::<io::Result<Vec<_>>>()?;
         variables.extend(more);
@@ -58,7 +59,26 @@ impl Server {
         let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
         server.up()?;
         server.url = server.run("url")?.trim().to_owned();
-        STARTED.lock().expect("no panic inside").push(server.twin());
+        Ok(server)
+    }
+
+    /// One for all tests of this process that run at the same time; the last one to drop it stops it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    ///
+    /// # Panics
+    /// If a test panicked in it.
+    pub fn shared(broker: &'static str) -> io::Result<Arc<Self>> {
+        static SHARED: Mutex<Vec<(&str, Weak<Server>)>> = Mutex::new(Vec::new());
+        let mut shared = SHARED.lock().expect("no panic inside");
+        shared.retain(|(_, server)| server.strong_count() > 0);
+        let running = shared.iter().find(|(name, _)| *name == broker).and_then(|(_, server)| server.upgrade());
+        if let Some(server) = running {
+            return Ok(server);
+        }
+        let server = Arc::new(Self::start(broker)?);
+        shared.push((broker, Arc::downgrade(&server)));
         Ok(server)
     }
 
@@ -92,36 +112,19 @@ impl Server {
         self.run("restart").map(drop)
     }
 
-    /// The same server: whichever is dropped first stops it.
-    fn twin(&self) -> Self {
-        let (state, variables, url) = (self.state.clone(), self.variables.clone(), self.url.clone());
-        Self { broker: self.broker, state, variables, url }
-    }
-
     fn run(&self, what: &str) -> io::Result<String> {
         let mut command = script();
-        command.args([what, self.broker]).env("TIDINGS_STATE", &self.state).envs(self.variables.iter().cloned());
+        command.args([what, self.broker]).env("TIDINGS_TEST_STATE", &self.state).envs(self.variables.iter().cloned());
         for broker in ["NATS", "RABBITMQ", "KAFKA"] {
             // Somebody's broker in the environment is not this test's.
-            command.env_remove(format!("TIDINGS_{broker}_URL"));
+            command.env_remove(format!("TIDINGS_TEST_{broker}_URL"));
         }
         output(&mut command)
     }
 }
 
-/// What was started and not stopped yet.
-static STARTED: Mutex<Vec<Server>> = Mutex::new(Vec::new());
-
-/// Stops what nobody has stopped: what a case left behind may hold on to its server until the process ends.
-pub fn stop_all() {
-    drop(std::mem::take(&mut *STARTED.lock().expect("no panic inside")));
-}
-
 impl Drop for Server {
     fn drop(&mut self) {
-        if !self.state.exists() {
-            return;
-        }
         if let Err(error) = self.run("down") {
             eprintln!("{} was not stopped: {error}", self.broker);
         }
@@ -142,4 +145,65 @@ fn output(command: &mut Command) -> io::Result<String> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(io::Error::other(said.lines().collect::<Vec<_>>().join("; ")))
+}
+
+/// A server of a suite's own, started when it is first asked for; or the one that `TIDINGS_TEST_<BROKER>_URL` names, which is
+/// not ours to restart.
+#[derive(Debug)]
+pub struct OnDemand {
+    broker: &'static str,
+    started: Mutex<Option<Arc<Server>>>,
+}
+
+impl OnDemand {
+    /// Of `nats`, `rabbitmq` or `kafka`.
+    #[must_use]
+    pub const fn new(broker: &'static str) -> Self {
+        Self { broker, started: Mutex::new(None) }
+    }
+
+    fn named(&self) -> Option<String> {
+        std::env::var(format!("TIDINGS_TEST_{}_URL", self.broker.to_uppercase())).ok()
+    }
+
+    /// Its URL, and the server if it was started here. Blocks until it answers.
+    ///
+    /// # Errors
+    /// It cannot be installed or started.
+    ///
+    /// # Panics
+    /// If a test panicked in it.
+    pub fn get(&self) -> Result<(String, Option<Arc<Server>>)> {
+        if let Some(url) = self.named() {
+            return Ok((url, None));
+        }
+        tokio::task::block_in_place(|| {
+            let mut started = self.started.lock().expect("no panic inside");
+            let server = match &*started {
+                Some(server) => Arc::clone(server),
+                None => Arc::new(Server::start(self.broker).map_err(failed)?),
+            };
+            *started = Some(Arc::clone(&server));
+            Ok((server.url().to_owned(), Some(server)))
+        })
+    }
+
+    /// Why it cannot be restarted; `None` if it can.
+    #[must_use]
+    pub fn cannot_restart(&self) -> Option<&'static str> {
+        self.named().map(|_| "the server that the environment names is not ours to restart")
+    }
+}
+
+/// Kills it with -9 and starts it again. Blocks until it answers.
+///
+/// # Errors
+/// It does not start.
+pub fn kill_and_restart(server: Option<&Arc<Server>>) -> Result<()> {
+    let Some(server) = server else { return Ok(()) };
+    tokio::task::block_in_place(|| server.kill().and_then(|()| server.up())).map_err(failed)
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::new(ErrorKind::Connection, "no server could be started").with_source(error)
 }

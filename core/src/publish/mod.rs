@@ -42,6 +42,21 @@ pub(crate) struct Terms {
     pub(crate) deadline: Instant,
 }
 
+/// Posts that are sent together. One reference to it goes down through the futures of a publish, each of which would hold its
+/// parts twice: those that wait for their confirmation are what a pipelined publisher's memory is.
+pub(crate) struct Load<'a> {
+    posts: &'a [Post],
+    terms: Terms,
+    /// The keys that are closed to others meanwhile.
+    passes: Option<Arc<Vec<Pass>>>,
+}
+
+impl<'a> Load<'a> {
+    pub(crate) fn new(posts: &'a [Post], terms: Terms) -> Self {
+        Self { posts, terms, passes: None }
+    }
+}
+
 /// Takes posts to the transport, and repeats what failed for now.
 pub(crate) struct Sender {
     publisher: Arc<dyn Publisher>,
@@ -74,17 +89,30 @@ impl Sender {
     }
 
     /// Sends all posts, in order. Dropping the future un-sends nothing, but ends the repeats.
-    pub(crate) async fn send(&self, posts: &[Post], terms: Terms) -> Failures {
-        let Some(gate) = &self.gate else {
-            return self.send_once(posts, terms, None).await;
-        };
+    pub(crate) async fn send(&self, load: &Load<'_>) -> Failures {
+        let keyed = |post: &Post| post.message.key.is_some() && matches!(post.destination, Destination::Topic(_));
+        match &self.gate {
+            Some(gate) if load.posts.iter().any(keyed) => Box::pin(self.send_by_key(gate, load)).await,
+            Some(_) => self.send_again_and_again(load).await,
+            // The transport repeats by itself.
+            None => self.send_once(load).await,
+        }
+    }
+
+    /// Sends posts of which each key has to wait for its turn.
+    async fn send_by_key(&self, gate: &Arc<Gate>, load: &Load<'_>) -> Failures {
+        let Load { posts, terms, .. } = *load;
         let mut failures = Vec::new();
         let mut start = 0;
         while start < posts.len() {
             let (end, keys) = distinct_keys(posts, start);
             let group = &posts[start..end];
-            let failed = match timeout_at(terms.deadline, enter_all(gate, keys)).await {
-                Ok(passes) => self.send_again_and_again(group, terms, Arc::new(passes)).await,
+            let passes = match keys.is_empty() {
+                true => Ok(None),
+                false => timeout_at(terms.deadline, enter_all(gate, keys)).await.map(|passes| Some(Arc::new(passes))),
+            };
+            let failed = match passes {
+                Ok(passes) => self.send_again_and_again(&Load { posts: group, terms, passes }).await,
                 Err(_) => (0..group.len()).map(|i| (i, too_late(&group[i], Fate::NotPersisted))).collect(),
             };
             failures.extend(failed.into_iter().map(|(index, failure)| (start + index, failure)));
@@ -93,8 +121,17 @@ impl Sender {
         failures
     }
 
-    async fn send_again_and_again(&self, posts: &[Post], terms: Terms, passes: Arc<Vec<Pass>>) -> Failures {
-        let mut failed = self.send_once(posts, terms, Some(&passes)).await;
+    async fn send_again_and_again(&self, load: &Load<'_>) -> Failures {
+        let failed = self.send_once(load).await;
+        if failed.is_empty() {
+            return failed;
+        }
+        // In a box, because it is rare, and each publish that waits would have room for it.
+        Box::pin(self.repeat(load, failed)).await
+    }
+
+    async fn repeat(&self, load: &Load<'_>, mut failed: Failures) -> Failures {
+        let terms = load.terms;
         let mut given_up = Vec::new();
         for round in 1.. {
             let delay = REPEATS.delay(round);
@@ -106,8 +143,8 @@ impl Sender {
             }
             sleep(delay).await;
             let copies: Vec<_> =
-                again.iter().map(|(index, failure)| repeat_of(&posts[*index], failure, round)).collect();
-            let still = self.send_once(&copies, terms, Some(&passes)).await;
+                again.iter().map(|(index, failure)| repeat_of(&load.posts[*index], failure, round)).collect();
+            let still = self.send_once(&Load { posts: &copies, terms, passes: load.passes.clone() }).await;
             failed = still.into_iter().map(|(n, failure)| (again[n].0, worse(&again[n].1, failure))).collect();
         }
         given_up.sort_by_key(|(index, _)| *index);
@@ -115,35 +152,61 @@ impl Sender {
     }
 
     /// Hands all posts over, as the window allows, and waits for the answers.
-    async fn send_once(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Failures {
-        if posts.len() <= self.part {
-            return self.submit(posts, terms, passes).await.answers(posts, terms.deadline, &self.landed).await;
+    async fn send_once(&self, load: &Load<'_>) -> Failures {
+        if load.posts.len() > self.part {
+            return Box::pin(self.send_parts(load)).await;
         }
-        let mut flights = Vec::with_capacity(posts.len() / self.part + 1);
-        for part in posts.chunks(self.part) {
-            flights.push((part, self.submit(part, terms, passes).await));
+        let submitted = match self.submit_now(load, load.posts) {
+            Some(submitted) => submitted,
+            None => Box::pin(self.submit(load, load.posts)).await,
+        };
+        submitted.answers(load.posts, load, &self.landed).await
+    }
+
+    async fn send_parts(&self, load: &Load<'_>) -> Failures {
+        let mut flights = Vec::with_capacity(load.posts.len() / self.part + 1);
+        for part in load.posts.chunks(self.part) {
+            flights.push((part, self.submit(load, part).await));
         }
         let mut failures = Vec::new();
         for (n, (part, flight)) in flights.into_iter().enumerate() {
-            let failed = flight.answers(part, terms.deadline, &self.landed).await;
+            let failed = flight.answers(part, load, &self.landed).await;
             failures.extend(failed.into_iter().map(|(index, failure)| (n * self.part + index, failure)));
         }
         failures
     }
 
-    async fn submit(&self, posts: &[Post], terms: Terms, passes: Option<&Arc<Vec<Pass>>>) -> Submitted {
-        let window = if terms.owed { &self.owed_window } else { &self.window };
+    fn window(&self, load: &Load<'_>) -> &Arc<Semaphore> {
+        if load.terms.owed { &self.owed_window } else { &self.window }
+    }
+
+    /// Hands posts over if there is room for them, as there mostly is: that needs no timer. None while others wait for room.
+    fn submit_now(&self, load: &Load<'_>, posts: &[Post]) -> Option<Submitted> {
         // At most Flight::MAX, which fits.
-        let permits = window.acquire_many(posts.len() as u32);
-        match timeout_at(terms.deadline, permits).await {
+        self.window(load).try_acquire_many(posts.len() as u32).ok()?.forget();
+        Some(self.hand_over(load, posts))
+    }
+
+    /// Hands posts over when there is room for them.
+    async fn submit(&self, load: &Load<'_>, posts: &[Post]) -> Submitted {
+        if let Some(submitted) = self.submit_now(load, posts) {
+            return submitted;
+        }
+        match timeout_at(load.terms.deadline, self.window(load).acquire_many(posts.len() as u32)).await {
             Ok(Ok(permits)) => permits.forget(),
             _ => return Submitted(None),
         }
+        self.hand_over(load, posts)
+    }
+
+    fn hand_over(&self, load: &Load<'_>, posts: &[Post]) -> Submitted {
+        let Load { terms, passes, .. } = load;
+        let window = self.window(load);
         if posts.is_empty() {
             return Submitted(None);
         }
         let landed = self.landed.lock().pop();
-        let flight = Flight::take_off(landed, posts.len(), Arc::clone(window), passes.cloned());
+        let flight = Flight::take_off(landed, posts.len(), Arc::clone(window), passes.clone());
         if let Some(linger) = self.linger.as_ref().filter(|_| !terms.owed) {
             linger.add(posts.iter().zip(0..).map(|(post, index)| (post.clone(), flight.receipt(index))));
             return Submitted(Some(flight));
@@ -163,11 +226,11 @@ impl Sender {
 struct Submitted(Option<Arc<Flight>>);
 
 impl Submitted {
-    async fn answers(mut self, posts: &[Post], deadline: Instant, landed: &Mutex<Vec<Arc<Flight>>>) -> Failures {
+    async fn answers(mut self, posts: &[Post], load: &Load<'_>, landed: &Mutex<Vec<Arc<Flight>>>) -> Failures {
         let Some(flight) = &self.0 else {
             return posts.iter().map(|post| too_late(post, Fate::NotPersisted)).enumerate().collect();
         };
-        if let Ok(mut failures) = timeout_at(deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+        if let Ok(mut failures) = timeout_at(load.terms.deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
             failures.sort_by_key(|(index, _)| *index);
             let flight = self.0.take().and_then(|mut flight| flight.land().then_some(flight));
             let mut landed = landed.lock();

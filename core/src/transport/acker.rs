@@ -25,7 +25,7 @@ pub enum Settlement {
 /// Which delivery of which connection, assignment or ownership; opaque to core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tag {
-    /// Grows whenever the transport loses what it had handed out: a reconnect, a rebalance.
+    /// Grows whenever the transport loses what it had handed out: a rebalance; a reconnect, where leases end with a connection.
     pub epoch: u32,
     /// The delivery within its epoch.
     pub seq: u64,

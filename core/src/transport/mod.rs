@@ -6,11 +6,13 @@
 
 mod acker;
 mod prefix;
+mod slots;
 
 pub use crate::publish::flight::{Fate, PublishFailure, Receipt, submit_and_wait};
 pub(crate) use acker::Watcher;
 pub use acker::{ABANDONED_BACKOFF, Acker, Lease, Settle, Settlement, Tag};
 pub use prefix::PrefixTracker;
+pub use slots::{share_slots, slot_of};
 
 use crate::events::Events;
 use crate::{Error, Message, Result, SubscriptionName, Topic, TopicPattern};
@@ -305,7 +307,8 @@ pub enum ReplayFrom {
     Beginning,
     /// With the first event that the broker received (a delayed one: made due) at or after this time.
     Time(SystemTime),
-    /// With the first event at or after this [`Delivery::position`].
+    /// With the first event at or after this [`Delivery::position`]: of a replay, or also of a subscription where
+    /// [`Capabilities::log_positions`] says so.
     Position(u64),
 }
 
@@ -384,6 +387,9 @@ pub struct Capabilities {
     pub start_beginning: bool,
     /// What was published can be read again.
     pub replay: bool,
+    /// The position of a subscription's delivery is one that a replay of its topic can start at. Where subscriptions have
+    /// queues of their own it is not, and such a position is refused.
+    pub log_positions: bool,
     /// [`Delivery::hand_outs`] is given.
     pub counts_hand_outs: bool,
     /// [`Delivery::lost`] is given, so that an event that kills its process is found out.
@@ -406,6 +412,7 @@ impl Capabilities {
         retention: false,
         start_beginning: false,
         replay: false,
+        log_positions: false,
         counts_hand_outs: false,
         counts_losses: false,
         max_payload: usize::MAX,

@@ -53,6 +53,7 @@ pub fn capabilities() -> Capabilities {
     can.key_ordering = true;
     can.start_beginning = true;
     can.replay = true;
+    can.log_positions = true;
     can.counts_hand_outs = true;
     can.counts_losses = true;
     can.max_payload = MAX_PAYLOAD;

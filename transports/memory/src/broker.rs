@@ -4,9 +4,9 @@
 
 use crate::dead_letters::Buried;
 use crate::error::{closed, error};
+use crate::fnv::FnvMap;
 use crate::group::{Asking, Cut, Group};
 use crate::log::{Id, Log};
-use crate::share::{FnvMap, slot_of};
 use crate::timers::{Timers, after};
 use crate::{MemoryConfig, Stats};
 use parking_lot::{Mutex, MutexGuard};
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
-use tidings_core::transport::{Destination, Fate, Flushed, Outgoing, Receipt, ReplayFrom, Settlement, Tag};
+use tidings_core::transport::{Destination, Fate, Flushed, Outgoing, Receipt, ReplayFrom, Settlement, Tag, slot_of};
 use tidings_core::{Error, ErrorKind, Message, Result, SubscriptionName, Topic};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -258,7 +258,7 @@ impl State {
     fn distribute(&mut self, topic: u32, id: Id, now: Instant) {
         let state = &self.topics[topic as usize];
         let kept_until = state.retention.map(|retention| after(now, retention));
-        let slot = slot_of(&self.log.entry(id).message, state.slots);
+        let slot = slot_of(self.log.entry(id).message.key.as_ref(), state.slots);
         self.log.publish(id, topic, state.groups.len() as u32, (now, kept_until));
         for group in &state.groups {
             self.groups[*group].enqueue(slot, id);
@@ -294,7 +294,7 @@ impl State {
                 .with_context("subscription", name));
         };
         let slots = self.spaces[space].topics.get(&message.topic).map_or(1, |topic| self.topics[*topic as usize].slots);
-        let slot = slot_of(message, slots);
+        let slot = slot_of(message.key.as_ref(), slots);
         let id = self.log.hold(message, now);
         if let Some(due) = due {
             self.groups[group].enqueue_at(due, slot, id);
@@ -430,7 +430,7 @@ impl State {
                 ReplayFrom::Position(position) => entry.position >= position,
             };
             if wanted {
-                let slot = slot_of(&entry.message, topics[entry.topic as usize].slots);
+                let slot = slot_of(entry.message.key.as_ref(), topics[entry.topic as usize].slots);
                 log.own(id);
                 group.enqueue(slot, id);
             }

@@ -1,7 +1,6 @@
 //! A subscription and its instances: who is handed what.
 
 use crate::log::{Id, Log};
-use crate::share::share;
 use crate::slot::{Item, Slot, Wait};
 use crate::timers::{Timers, after};
 use slab::Slab;
@@ -11,6 +10,7 @@ use std::task::Waker;
 use std::time::Duration;
 use tidings_core::transport::{
     ABANDONED_BACKOFF, Acker, Delivery, Flushed, Notice, Ordering, Polled, Role, Settle, Settlement, Start, Tag,
+    share_slots,
 };
 use tidings_core::{Topic, TopicPattern};
 use tokio::time::Instant;
@@ -536,7 +536,7 @@ impl Group {
             self.members.iter().filter(|(_, m)| !m.stopped).map(|(key, m)| (m.rank, key)).collect();
         members.sort_unstable();
         let ranks: Vec<_> = members.iter().map(|(rank, _)| *rank).collect();
-        share(self.slots.len(), &ranks).into_iter().map(|at| at.map(|at| members[at].1)).collect()
+        share_slots(self.slots.len(), &ranks).into_iter().map(|at| at.map(|at| members[at].1)).collect()
     }
 
     fn settle_owner(&mut self, number: u32, wanted: Option<usize>) {

@@ -139,6 +139,7 @@ pub fn capabilities() -> Capabilities {
     can.retention = true;
     can.start_beginning = true;
     can.replay = true;
+    can.log_positions = true;
     can.counts_hand_outs = true;
     can.counts_losses = true;
     can

@@ -144,6 +144,12 @@ impl NatsConfig {
         if let Some(login) = login {
             self.log_in(login)?;
         }
+        if query.contains('@') && login.is_none() {
+            // Part of a password is not taken for settings, which would be named.
+            return Err(invalid(
+                "in the url, `?` in a user, password or token is written `%3F`, and `@` behind it `%40`",
+            ));
+        }
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
             self.set(key, &unescape(value)?)?;
@@ -295,6 +301,7 @@ mod tests {
             ("nats://u:canary%@a", "%25"),
             ("nats://u:canary@", "host"),
             ("nats://u:canary@a/b", "path"),
+            ("nats://u:s3?canary@a", "%3F"),
         ] {
             let error = NatsConfig::from_url(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config);

@@ -24,6 +24,10 @@ const OLDEST: (u64, u64) = (2, 11);
 /// Between attempts to connect again: what comes back must be found soon.
 const RECONNECT: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
 
+/// How long nothing may come before the server is asked: at the third time without an answer the connection is given up. The
+/// client's own minute would leave one that died without a word unnoticed for three.
+const PING: Duration = Duration::from_secs(5);
+
 /// What is known of a connection, shared with what runs on it.
 pub(crate) struct Link {
     pub(crate) events: Events,
@@ -130,6 +134,7 @@ async fn options(config: &NatsConfig, link: &Arc<Link>) -> Result<ConnectOptions
         .connection_timeout(config.connect_timeout)
         .request_timeout(Some(config.request_timeout))
         .max_reconnects(None)
+        .ping_interval(PING)
         .reconnect_delay_callback(|attempts| RECONNECT.delay(u32::try_from(attempts).unwrap_or(u32::MAX)))
         .event_callback(move |event| {
             link.note(&event);

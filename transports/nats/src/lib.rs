@@ -10,7 +10,6 @@ mod ownership;
 mod publisher;
 mod replay;
 mod settle;
-mod share;
 mod source;
 mod state;
 mod subscription;

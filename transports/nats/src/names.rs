@@ -114,6 +114,11 @@ impl Names {
         self.key(&format!("member.{}.{instance}", flat(name.as_str())))
     }
 
+    /// Up to where a consumer is known to have been read.
+    pub(crate) fn read_key(&self, stream: &str, consumer: &str) -> String {
+        self.key(&format!("read.{stream}.{consumer}"))
+    }
+
     pub(crate) fn claim_key(&self, name: &SubscriptionName, slot: &str) -> String {
         self.key(&format!("owner.{}.{slot}", flat(name.as_str())))
     }

@@ -8,7 +8,6 @@
 use crate::api::{Api, number};
 use crate::connection::Link;
 use crate::error::{ApiError, Failure, error};
-use crate::share::share;
 use crate::state::{Kind, Recovery, Source, SourceId};
 use crate::subscription::{Instance, read_slot};
 use crate::topology::{Catalog, ConsumerPlan, Part, expecting};
@@ -20,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tidings_core::transport::{Notice, Ordering, Role};
+use tidings_core::transport::{Notice, Ordering, Role, share_slots};
 use tidings_core::{ErrorKind, Result};
 use tokio::time::{Instant, interval, sleep_until};
 
@@ -28,6 +27,9 @@ use tokio::time::{Instant, interval, sleep_until};
 const SLOTS_EVERY: u32 = 8;
 /// How long a member that has ended without a word is remembered.
 const REMEMBERED: &str = "60s";
+
+/// Between attempts to tell that this instance lives.
+const AGAIN: Duration = Duration::from_millis(200);
 
 #[derive(Serialize, Deserialize)]
 struct Member {
@@ -69,6 +71,8 @@ struct Ownership {
     api: Api,
     /// When it was last told that this instance lives.
     told: Instant,
+    /// The last round has failed.
+    failed: bool,
     rounds: u32,
 }
 
@@ -111,8 +115,18 @@ pub(crate) async fn start(instance: &Arc<Instance>, parts: Vec<Part>) -> Result<
     let topics = client.subscribe(catalog.names.topic_key(">")).await.map_err(listening)?;
     let api = catalog.api.impatient((patience(catalog) / 5).max(Duration::from_millis(250)));
     let (instance_, told) = (Arc::clone(instance), Instant::now());
-    let mut ownership =
-        Ownership { instance: instance_, parts, name, rank: 0, slots, owned: BTreeMap::new(), api, told, rounds: 0 };
+    let mut ownership = Ownership {
+        instance: instance_,
+        parts,
+        name,
+        rank: 0,
+        slots,
+        owned: BTreeMap::new(),
+        api,
+        told,
+        failed: false,
+        rounds: 0,
+    };
     ownership.join().await?;
     instance.spawn(ownership.run(claims, topics));
     Ok(())
@@ -155,6 +169,7 @@ impl Ownership {
 
     async fn run(mut self, mut claims: Subscriber, mut topics: Subscriber) {
         let instance = Arc::clone(&self.instance);
+        let mut connected = instance.link.connected.subscribe();
         let mut tick = interval(patience(&instance.catalog) / 5);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -166,6 +181,8 @@ impl Ownership {
             tokio::select! {
                 () = instance.closing.notified() => return self.leave().await,
                 _ = tick.tick() => self.round().await,
+                Ok(()) = connected.changed() => self.round().await,
+                () = tokio::time::sleep(AGAIN), if self.failed => self.round().await,
                 Some(_) = claims.next() => self.round().await,
                 Some(_) = topics.next() => {
                     self.rounds = 0;
@@ -185,7 +202,9 @@ impl Ownership {
 
     async fn round(&mut self) {
         // A stop is told at once by the next round.
-        if let Err(failed) = self.try_round().await {
+        let round = self.try_round().await;
+        self.failed = round.is_err();
+        if let Err(failed) = round {
             let failed = tidings_core::Error::from(failed);
             tracing::debug!(subscription = %self.instance.spec.name, error = %failed, "the bucket cannot be read or written now");
         }
@@ -246,7 +265,7 @@ impl Ownership {
 
     async fn settle_slot(&mut self, slot: u32, picture: &Picture) -> Result<(), Failure> {
         let ranks: Vec<u64> = picture.members.iter().map(|(rank, _)| *rank).collect();
-        let wanted = share(self.slots as usize, &ranks).get(slot as usize).copied().flatten();
+        let wanted = share_slots(self.slots as usize, &ranks).get(slot as usize).copied().flatten();
         let mine = wanted.is_some_and(|at| picture.members[at].1 == self.name);
         let claim = picture.claims.get(&slot);
         match (claim, self.owned.contains_key(&slot)) {

@@ -7,7 +7,6 @@ use crate::api::parse_ack;
 use crate::config::Provision;
 use crate::connection::{Link, connects};
 use crate::error::{ApiError, Failure, closed, error, publish, timed_out};
-use crate::share::slot_of;
 use crate::topology::{Catalog, Properties};
 use crate::wire;
 use async_nats::header::{HeaderMap, HeaderValue};
@@ -20,10 +19,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
-use tidings_core::transport::{Destination, Fate, Outgoing, Publisher, Receipt};
+use tidings_core::transport::{Destination, Fate, Outgoing, Publisher, Receipt, slot_of};
 use tidings_core::{Error, ErrorKind, Key, Result, SubscriptionName, Topic};
-use tokio::sync::Notify;
-use tokio::time::{Instant, interval, timeout_at};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, interval, sleep, timeout_at};
 
 /// How often is looked for messages that were not answered.
 const SWEEP: Duration = Duration::from_millis(250);
@@ -42,6 +41,8 @@ pub(crate) struct Outbox {
     count: AtomicUsize,
     settled: Notify,
     closed: AtomicBool,
+    /// Nobody waits for answers any more.
+    gone: AtomicBool,
     /// Topics whose stream did not answer: they are looked for again.
     lost: Mutex<HashSet<Destination>>,
 }
@@ -93,6 +94,7 @@ impl Outbox {
             count: AtomicUsize::new(0),
             settled: Notify::new(),
             closed: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
             lost: Mutex::default(),
         });
         tokio::spawn(Arc::clone(&outbox).send(inbox));
@@ -142,20 +144,26 @@ impl Outbox {
                 continue;
             }
             for item in batch.drain(..) {
-                if !*connected.borrow_and_update() {
-                    // It ends with the transport only, which then closes this queue.
-                    let _ = connected.wait_for(|connected| *connected).await;
-                    if item.receipt.is_abandoned() {
-                        self.fail(
-                            item.receipt,
-                            Fate::NotPersisted,
-                            timed_out("nobody waited any more for the connection"),
-                        );
+                if !self.link.is_connected() {
+                    self.connection(&mut connected).await;
+                    if item.receipt.is_abandoned() || self.gone.load(SeqCst) {
+                        let error = timed_out("nobody waited any more for the connection to come back");
+                        self.fail(item.receipt, Fate::NotPersisted, error.with_operation("publish"));
                         continue;
                     }
                 }
                 next += 1;
                 self.send_one(item, &mut routes, (next, &inbox)).await;
+            }
+        }
+    }
+
+    /// Waits for the connection, or for the end.
+    async fn connection(&self, connected: &mut watch::Receiver<bool>) {
+        loop {
+            tokio::select! {
+                _ = connected.wait_for(|connected| *connected) => return,
+                () = sleep(SWEEP) => if self.gone.load(SeqCst) { return },
             }
         }
     }
@@ -308,6 +316,7 @@ impl Outbox {
     }
 
     fn fail_all(&self) {
+        self.gone.store(true, SeqCst);
         let queued = std::mem::take(&mut *self.queue.lock());
         for item in queued {
             self.fail(item.receipt, Fate::NotPersisted, closed().with_operation("publish"));
@@ -321,6 +330,7 @@ impl Outbox {
     /// The transport is gone: what waits is refused, and the tasks end.
     pub(crate) fn abandon(&self) {
         self.closed.store(true, SeqCst);
+        self.gone.store(true, SeqCst);
         self.queued.notify_one();
     }
 

@@ -39,6 +39,11 @@ impl Op {
         Self { source, reply, body: Bytes::from_static(body), tag: Some(tag), tick: None }
     }
 
+    /// For what is no delivery any more.
+    pub(crate) fn ack(source: SourceId, reply: Subject) -> Self {
+        Self { source, reply, body: Bytes::from_static(b"+ACK"), tag: None, tick: None }
+    }
+
     pub(crate) fn nak(source: SourceId, reply: Subject, delay: Duration) -> Self {
         let body = match delay {
             Duration::ZERO => Bytes::from_static(b"-NAK"),
@@ -50,6 +55,11 @@ impl Op {
 
     pub(crate) fn progress(source: SourceId, reply: Subject, tick: Instant) -> Self {
         Self { source, reply, body: Bytes::from_static(b"+WPI"), tag: None, tick: Some(tick) }
+    }
+
+    /// Whether it must be told again if it was not confirmed.
+    fn is_owed(&self) -> bool {
+        self.tag.is_some() || self.body.starts_with(b"-NAK")
     }
 
     pub(crate) fn with_tag(mut self, tag: u64) -> Self {
@@ -198,9 +208,10 @@ fn send_again(instance: &Instance, sent: &mut BTreeMap<u64, Sent>) {
 }
 
 fn requeue(instance: &Instance, ops: Vec<Op>) {
-    let state = instance.state.lock();
-    let open: Vec<_> = ops.into_iter().filter(|op| op.tick.is_none() && state.is_settling(op)).collect();
+    let mut state = instance.state.lock();
+    let open: Vec<_> = ops.into_iter().filter(|op| op.is_owed() && state.unheard(op)).collect();
     drop(state);
+    instance.changed();
     open.into_iter().for_each(|op| instance.writer.push(op));
 }
 

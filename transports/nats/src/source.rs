@@ -24,6 +24,8 @@ const AGAIN: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_se
 const BATCH: usize = 500;
 /// How often is looked for what expired unread.
 const LOOK: Duration = Duration::from_secs(2);
+/// Between notes of what was read.
+const NOTE: Duration = Duration::from_secs(60);
 /// Between looks at what a former owner has left open.
 const RECOVERING: Duration = Duration::from_millis(250);
 
@@ -56,6 +58,8 @@ pub(crate) struct Driver {
     looked: Instant,
     /// The last position of which is known that all before it was read or expired.
     known: u64,
+    /// When that is written down next, so that silence on a topic is not taken for a gap when it is opened again.
+    note_known: Instant,
     /// Which connection this is.
     connects: u64,
     /// What was on its way when the connection was lost did not arrive.
@@ -71,6 +75,7 @@ pub(crate) async fn drive(mut driver: Driver, stop: Arc<Notify>) {
     let instance = Arc::clone(&driver.instance);
     if driver.tells_gaps() {
         // Before what follows it. What cannot be found out now is looked for again.
+        let _ = driver.recall().await;
         let _ = driver.look_for_gap().await;
     }
     loop {
@@ -129,6 +134,7 @@ impl Driver {
             doubtful: false,
             looked: now.checked_sub(LOOK).unwrap_or(now),
             cut: false,
+            note_known: now,
             last: 0,
         }
     }
@@ -346,17 +352,45 @@ impl Driver {
         let info = self.instance.catalog.consumer(&self.plan.stream, &self.plan.name).await?;
         let delivered = number(&info, "/delivered/stream_seq");
         let read = self.known.max(delivered);
-        let mut state = self.instance.state.lock();
         if first > read + 1 {
             let pattern = self.pattern.as_deref().filter(|_| self.plan.filters.len() <= 2);
             let topic = pattern.and_then(|pattern| tidings_core::Topic::new(pattern).ok());
-            state.tell(Notice::Gap { topic, missed_at_most: first - read - 1, from: read + 1, to: first });
+            self.instance.state.lock().tell(Notice::Gap {
+                topic,
+                missed_at_most: first - read - 1,
+                from: read + 1,
+                to: first,
+            });
         }
         self.known = read.max(first.saturating_sub(1));
         if number(&info, "/num_pending") == 0 {
             self.known = self.known.max(last);
         }
+        self.note_known().await
+    }
+
+    fn read_key(&self) -> String {
+        self.instance.catalog.names.read_key(&self.plan.stream, &self.plan.name)
+    }
+
+    /// Reads up to where a former life has read.
+    async fn recall(&mut self) -> Result<(), Failure> {
+        let catalog = &self.instance.catalog;
+        let found = catalog.api.last_message(&catalog.names.bucket_stream(), &self.read_key()).await?;
+        let noted = found.and_then(|stored| std::str::from_utf8(&stored.payload).ok()?.parse::<u64>().ok());
+        let last = number(&catalog.stream_info(&self.plan.stream).await?, "/state/last_seq");
+        // A stream that was created anew counts from the beginning.
+        self.known = self.known.max(noted.filter(|noted| *noted <= last).unwrap_or(0));
         Ok(())
+    }
+
+    async fn note_known(&mut self) -> Result<(), Failure> {
+        if self.note_known > Instant::now() {
+            return Ok(());
+        }
+        self.note_known = Instant::now() + NOTE;
+        let (api, known) = (&self.instance.catalog.api, self.known.to_string());
+        api.store(&self.read_key(), async_nats::HeaderMap::new(), known.into()).await.map(drop)
     }
 
     // ---- After a cut ----
@@ -394,6 +428,9 @@ impl Driver {
 
     /// Finds out what is missing after a cut.
     async fn mend(&mut self) {
+        if !self.instance.is_replay() {
+            self.instance.state.lock().ack_again(self.id, &self.instance.writer);
+        }
         let mended = if self.instance.is_replay() {
             self.read_on().await
         } else if self.keeps_order() {
@@ -418,9 +455,13 @@ impl Driver {
         self.rebuild_replay(high + 1).await.map_err(Failure::from)
     }
 
-    /// What is pending at the server and not here is missing: it comes when it was not acked in time.
+    /// What is pending at the server and not here is missing: it comes when it was not acked in time, or is asked for.
     async fn find_missing(&mut self) -> Result<(), Failure> {
         let (info, pending) = self.pending().await?;
+        let pinned = info.pointer("/priority_groups/0/pinned_client_id").and_then(Value::as_str);
+        if pending > 0 && pinned.is_some() && pinned == self.pin.as_deref() {
+            self.ask_for_missing(&info).await;
+        }
         let mut state = self.instance.state.lock();
         if let Some(source) = state.sources.get_mut(&self.id) {
             let after = number(&info, "/delivered/stream_seq");
@@ -430,12 +471,25 @@ impl Driver {
         Ok(())
     }
 
+    /// Gives back what the server has sent to this client, still its owner, and what is not here. The server ignores what is
+    /// said of positions that are not pending.
+    async fn ask_for_missing(&self, info: &Value) {
+        let positions = number(info, "/ack_floor/stream_seq") + 1..=number(info, "/delivered/stream_seq");
+        let lost = self.instance.state.lock().lost(self.id, positions, number(info, "/delivered/consumer_seq"));
+        for reply in lost {
+            // Else it comes when it was not acked in time.
+            let _ = self.instance.catalog.api.client.publish(reply, "-NAK".into()).await;
+        }
+    }
+
     /// What the server says of the consumer, and how many messages at the most are pending there and not here.
     async fn pending(&self) -> Result<(Value, u64), Failure> {
         let before = self.instance.state.lock().held(self.id);
         let info = self.instance.catalog.consumer(&self.plan.stream, &self.plan.name).await?;
-        // Those held before and after were pending in between.
-        let held = self.instance.state.lock().held(self.id).intersection(&before).count() as u64;
+        let delivered = number(&info, "/delivered/stream_seq");
+        // Those held before and after were pending in between, if the server knows that it has sent them.
+        let after = self.instance.state.lock().held(self.id);
+        let held = before.intersection(&after).filter(|position| **position <= delivered).count() as u64;
         let pending = number(&info, "/num_ack_pending").saturating_sub(held);
         Ok((info, pending))
     }

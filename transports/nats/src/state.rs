@@ -3,7 +3,8 @@
 use crate::settle::{NatsSettle, Op, Writer};
 use crate::wire;
 use async_nats::{Message as Raw, Subject};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
@@ -21,6 +22,15 @@ const ADDRESS_AHEAD: usize = 16;
 
 /// Of how many delayed messages is remembered that they were not handed out yet; others are told as redelivered.
 const EARLY: usize = 65_536;
+
+/// For how long after a cut acked messages may come again because a killed server has forgotten that.
+const FORGETFUL: Duration = Duration::from_secs(60);
+
+/// How many acks are remembered, to be told again to a server that was killed and has forgotten them.
+const REMEMBERED: usize = 16_384;
+
+/// How many positions that may have been lost at a cut are asked for; others come when they were not acked in time.
+const ASKED_FOR: usize = 4_096;
 
 /// How instances share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +111,9 @@ pub(crate) struct Source {
     pub(crate) done: bool,
     /// What came before it was due, and how often the server had sent it then: the next time is not a repeat.
     early: HashMap<u64, u64>,
+    acked: Acked,
+    /// Since when the server may have forgotten acks.
+    cut: Option<Instant>,
 }
 
 pub(crate) struct State {
@@ -109,6 +122,11 @@ pub(crate) struct State {
     ack_wait: Duration,
     pub(crate) sources: BTreeMap<SourceId, Source>,
     out: HashMap<u64, Out>,
+    /// Settled, and not confirmed at the first attempt: a server that was killed may have forgotten that it had sent them, and
+    /// ignores what is said of them until it has sent them again.
+    unheard: HashSet<u64>,
+    /// What is known of consumers that were read before, by the number of their slot.
+    former: HashMap<u32, (u64, Acked)>,
     next: u64,
     pub(crate) notices: Vec<Notice>,
     waker: Option<Waker>,
@@ -124,6 +142,51 @@ pub(crate) struct State {
     told: Option<Role>,
 }
 
+/// What was acked lately in one consumer.
+#[derive(Default)]
+struct Acked {
+    order: VecDeque<u64>,
+    /// By position, what the reply subject has beside it: how often it was delivered, its number, its time.
+    replies: HashMap<u64, (u64, u64, u64)>,
+    /// What all reply subjects begin with.
+    prefix: String,
+}
+
+impl Acked {
+    /// A copy of the numbers: a subject that is kept would keep the buffer that it was read into.
+    fn note(&mut self, reply: &str) {
+        let mut tokens = reply.rsplitn(6, '.').collect::<Vec<_>>();
+        // With an account there is one more token at the end.
+        if reply.split('.').count() > 9 {
+            tokens = reply.rsplitn(7, '.').skip(1).collect();
+        }
+        let [_, time, number, position, delivered, prefix] = tokens[..] else { return };
+        let parsed = |token: &str| token.parse::<u64>().ok();
+        let (Some(time), Some(number), Some(position), Some(delivered)) =
+            (parsed(time), parsed(number), parsed(position), parsed(delivered))
+        else {
+            return;
+        };
+        if self.prefix != prefix {
+            prefix.clone_into(&mut self.prefix);
+        }
+        if self.replies.insert(position, (delivered, number, time)).is_none() {
+            self.order.push_back(position);
+        }
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.replies.remove(&oldest);
+        }
+    }
+
+    fn replies(&self) -> impl Iterator<Item = Subject> {
+        self.replies.iter().map(|(position, (delivered, number, time))| {
+            Subject::from(format!("{}.{delivered}.{position}.{number}.{time}.0", self.prefix))
+        })
+    }
+}
+
 /// Where a message stands, as its reply subject tells.
 pub(crate) struct Place<'a> {
     pub(crate) consumer: &'a str,
@@ -137,8 +200,9 @@ pub(crate) struct Place<'a> {
 
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<position>.<number>.<time>.<pending>`, or with domain and account before the stream.
 pub(crate) fn place(reply: &str) -> Option<Place<'_>> {
-    let tokens: Vec<_> = reply.split('.').collect();
-    let at = match tokens.len() {
+    let mut tokens = [""; 12];
+    let count = reply.split('.').zip(&mut tokens).map(|(token, at)| *at = token).count();
+    let at = match count {
         9 => 2,
         11.. => 4,
         _ => return None,
@@ -166,6 +230,8 @@ impl Source {
             revoking: false,
             done: false,
             early: HashMap::new(),
+            acked: Acked::default(),
+            cut: None,
         }
     }
 
@@ -231,6 +297,8 @@ impl State {
             ack_wait,
             sources: BTreeMap::new(),
             out: HashMap::new(),
+            unheard: HashSet::new(),
+            former: HashMap::new(),
             next: 0,
             notices: Vec::new(),
             waker: None,
@@ -249,8 +317,11 @@ impl State {
         self.next
     }
 
-    pub(crate) fn open(&mut self, source: Source) -> SourceId {
+    pub(crate) fn open(&mut self, mut source: Source) -> SourceId {
         let id = self.number();
+        if let Some((high, acked)) = self.former.remove(&source.number) {
+            (source.high, source.acked, source.cut) = (source.high.max(high), acked, Some(Instant::now()));
+        }
         self.sources.insert(id, source);
         id
     }
@@ -343,7 +414,7 @@ impl State {
         }
         let topics = |source: &&Source| source.kind == Kind::Topic;
         let waiting: usize = self.sources.values().filter(topics).map(|source| source.waiting.len()).sum();
-        let room = self.max.saturating_sub(self.out.len() + waiting);
+        let room = self.max.saturating_sub(self.out.len() - self.unheard.len() + waiting);
         if source.kind == Kind::Address {
             return room.min(ADDRESS_AHEAD).saturating_sub(source.waiting.len() + asked);
         }
@@ -400,6 +471,14 @@ impl State {
             (known.raw.reply, known.received) = (held.raw.reply, held.received);
             return;
         }
+        if source.cut.is_some_and(|cut| cut.elapsed() < FORGETFUL) && source.acked.replies.contains_key(&held.position)
+        {
+            writer.push(Op::ack(id, held.reply()));
+            if let Some(recovery) = source.recovery.as_mut().filter(|recovery| held.position <= recovery.after) {
+                recovery.missing = recovery.missing.saturating_sub(1);
+            }
+            return self.end_recovery(id, false);
+        }
         // What the server has forgotten to have handed out comes with a count of 1.
         held.redelivered = redelivered || (source.kind == Kind::Topic && held.position <= source.high);
         source.high = source.high.max(held.position);
@@ -421,12 +500,22 @@ impl State {
         }
     }
 
-    /// What a source holds and is not being settled, by position: it is pending at the server.
+    /// What a source holds and is not being settled, by position: it is pending at the server, if that has not forgotten it.
     pub(crate) fn held(&self, id: SourceId) -> HashSet<u64> {
         let Some(source) = self.sources.get(&id) else { return HashSet::new() };
         let unsettled = |tag: &u64| self.out.get(tag).is_some_and(|out| out.settling.is_none());
         let open = source.open.iter().filter(|(_, tag)| unsettled(tag)).map(|(position, _)| *position);
         source.waiting.keys().copied().chain(open).collect()
+    }
+
+    /// Where to give back those of `positions` that are not here, when `number` was the last that the consumer sent.
+    pub(crate) fn lost(&self, id: SourceId, positions: RangeInclusive<u64>, number: u64) -> Vec<Subject> {
+        let Some(source) = self.sources.get(&id).filter(|source| !source.acked.prefix.is_empty()) else {
+            return Vec::new();
+        };
+        let missing = |position: &u64| !source.waiting.contains_key(position) && !source.open.contains_key(position);
+        let reply = |position| Subject::from(format!("{}.1.{position}.{number}.0.0", source.acked.prefix));
+        positions.filter(missing).take(ASKED_FOR).map(reply).collect()
     }
 
     /// Hands nothing of a source out until it is known what was on its way to this instance and did not arrive.
@@ -486,6 +575,7 @@ impl State {
     }
 
     fn drop_out(&mut self, tag: u64) {
+        self.unheard.remove(&tag);
         if let Some(out) = self.out.remove(&tag)
             && let Some(source) = self.sources.get_mut(&out.source)
         {
@@ -506,6 +596,7 @@ impl State {
     pub(crate) fn applied(&mut self, op: &Op) {
         if let Some(tag) = op.tag.filter(|tag| self.out.contains_key(tag)) {
             self.flushed.applied += 1;
+            self.remember(tag);
             self.drop_out(tag);
         }
         if let Some((tick, source)) = op.tick.and_then(|tick| Some((tick, self.sources.get_mut(&op.source)?))) {
@@ -516,9 +607,28 @@ impl State {
         }
     }
 
-    /// Whether what `op` settles is still to be settled.
-    pub(crate) fn is_settling(&self, op: &Op) -> bool {
-        op.tag.is_none_or(|tag| self.out.get(&tag).is_some_and(|out| out.settling.is_some()))
+    fn remember(&mut self, tag: u64) {
+        let Some(out) = self.out.get(&tag).filter(|out| out.settling == Some(b"+ACK")) else { return };
+        if let (Some(source), Some(reply)) = (self.sources.get_mut(&out.source), &out.held.raw.reply) {
+            source.acked.note(reply);
+        }
+    }
+
+    /// After a cut: the server may have been killed, so it is told again what was acked lately.
+    pub(crate) fn ack_again(&mut self, id: SourceId, writer: &Writer) {
+        let Some(source) = self.sources.get_mut(&id) else { return };
+        source.cut = Some(Instant::now());
+        source.acked.replies().for_each(|reply| writer.push(Op::ack(id, reply)));
+    }
+
+    /// `op` was not confirmed; whether what it settles is still to be settled.
+    pub(crate) fn unheard(&mut self, op: &Op) -> bool {
+        let Some(tag) = op.tag else { return true };
+        let settling = self.out.get(&tag).is_some_and(|out| out.settling.is_some());
+        if settling {
+            self.unheard.insert(tag);
+        }
+        settling
     }
 
     /// How many settlements the server has not confirmed.
@@ -589,6 +699,7 @@ impl State {
         let lost: Vec<u64> =
             self.sources.get(&id).into_iter().flat_map(|source| source.open.values().copied()).collect();
         for tag in lost {
+            self.unheard.remove(&tag);
             let unsettled = self.out.get(&tag).is_some_and(|out| out.settling.is_none());
             if let Some(out) = self.out.remove(&tag).filter(|_| unsettled)
                 && let Some(source) = self.sources.get_mut(&id)
@@ -608,10 +719,13 @@ impl State {
     pub(crate) fn lose(&mut self, id: SourceId) {
         let Some(source) = self.sources.remove(&id) else { return };
         for tag in source.open.values() {
+            self.unheard.remove(tag);
             let settling = self.out.remove(tag).is_some_and(|out| out.settling.is_some());
             self.flushed.unknown += u64::from(settling);
         }
-        if source.is_out() {
+        let is_out = source.is_out();
+        self.former.insert(source.number, (source.high, source.acked));
+        if is_out {
             self.tell(Notice::Leases);
         }
     }
@@ -621,6 +735,7 @@ impl State {
         let Some(source) = self.sources.get(&id) else { return };
         let fresh = Source::new(source.kind, source.slot, source.number, &source.stream);
         self.lose(id);
+        self.former.remove(&fresh.number);
         self.sources.insert(id, fresh);
     }
 
@@ -628,6 +743,7 @@ impl State {
         self.dead = true;
         self.flushed.unknown += self.settling() as u64;
         self.out.clear();
+        self.unheard.clear();
         self.sources.clear();
         self.wake();
     }
@@ -655,3 +771,6 @@ fn deliver(source: &Source, held: &Held, mode: Mode, names: &crate::names::Names
         acker,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,11 +9,13 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::fmt::Write;
+use std::borrow::Cow;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tidings_core::transport::Destination;
-use tidings_core::{ErrorKind, Headers, Key, Message, MessageId, Result, Topic, from_rfc3339, header, to_rfc3339};
+use tidings_core::{
+    ErrorKind, Headers, Key, Message, MessageId, Result, Text, Topic, from_rfc3339, header, to_rfc3339,
+};
 
 use crate::error::error;
 
@@ -29,6 +31,8 @@ pub(crate) const DELAY: &str = "tidings-delay";
 pub(crate) const MSG_ID: &str = "Nats-Msg-Id";
 pub(crate) const TTL: &str = "Nats-TTL";
 
+const JSON: &str = "application/json";
+
 /// Headers of these names are read as what they are, or are the server's own.
 const OWN: [&str; 6] = [LAYOUT, TOPIC, KEY, DELAY, "content-type", "ce-specversion"];
 
@@ -36,28 +40,32 @@ const OWN: [&str; 6] = [LAYOUT, TOPIC, KEY, DELAY, "content-type", "ce-specversi
 pub(crate) fn encode(message: &Message, destination: &Destination, delay: Option<Duration>) -> Result<HeaderMap> {
     let mut headers = HeaderMap::new();
     put(&mut headers, "ce-specversion", "1.0");
-    message.id.with_str(|id| put(&mut headers, "ce-id", &escape(id)));
-    put(&mut headers, "ce-source", &escape(&message.source));
-    put(&mut headers, "ce-type", &escape(&message.event_type));
-    put(&mut headers, "ce-datacontenttype", &escape(&message.content_type));
+    message.id.with_str(|id| put(&mut headers, "ce-id", escape(id)));
+    put(&mut headers, "ce-source", escape(&message.source));
+    put(&mut headers, "ce-type", escape(&message.event_type));
+    put(&mut headers, "ce-datacontenttype", escape(&message.content_type));
     if message.version != 1 {
-        put(&mut headers, "ce-dataversion", &message.version.to_string());
+        put(&mut headers, "ce-dataversion", message.version.to_string());
     }
-    for (name, time) in [("ce-time", message.time), ("ce-recordedtime", message.recorded_time)] {
+    let time = message.time.map(to_rfc3339);
+    let recorded = message.recorded_time;
+    // Mostly they are one.
+    let recorded = if recorded == message.time { time.clone() } else { recorded.map(to_rfc3339) };
+    for (name, time) in [("ce-time", time), ("ce-recordedtime", recorded)] {
         if let Some(time) = time {
-            put(&mut headers, name, &to_rfc3339(time));
+            put(&mut headers, name, time);
         }
     }
     for (name, id) in [("ce-correlationid", &message.correlation_id), ("ce-causationid", &message.causation_id)] {
         if let Some(id) = id {
-            id.with_str(|id| put(&mut headers, name, &escape(id)));
+            id.with_str(|id| put(&mut headers, name, escape(id)));
         }
     }
     match message.key.as_ref().map(|key| (key, key.as_str())) {
         Some((_, Some(text))) if !text.is_empty() && !text.contains(char::is_control) => {
-            put(&mut headers, "ce-partitionkey", &escape(text));
+            put(&mut headers, "ce-partitionkey", escape(text));
         }
-        Some((key, _)) => put(&mut headers, KEY, &escape_bytes(key.as_bytes())),
+        Some((key, _)) => put(&mut headers, KEY, escape_bytes(key.as_bytes())),
         None => {}
     }
     for (name, value) in &message.attributes {
@@ -68,10 +76,10 @@ pub(crate) fn encode(message: &Message, destination: &Destination, delay: Option
     }
     if let Some(delay) = delay.filter(|delay| !delay.is_zero()) {
         let millis = u64::try_from(delay.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
-        put(&mut headers, DELAY, &millis.to_string());
+        put(&mut headers, DELAY, millis.to_string());
     }
     encode_headers(&message.headers, &mut headers)?;
-    put(&mut headers, MSG_ID, &message_id(message, destination));
+    put(&mut headers, MSG_ID, message_id(message, destination));
     Ok(headers)
 }
 
@@ -104,10 +112,11 @@ fn is_plain(text: &str) -> bool {
 }
 
 /// A header whose name is our own and whose value is encoded.
-fn put(headers: &mut HeaderMap, name: &'static str, value: &str) {
-    // By `FromStr`, which refuses what would panic; what we encode holds no line breaks.
-    if let Ok(value) = HeaderValue::from_str(value) {
-        headers.insert(HeaderName::from_static(name), value);
+fn put(headers: &mut HeaderMap, name: &'static str, value: impl Into<String>) {
+    let value = value.into();
+    // It would panic; what we encode holds no line breaks.
+    if !value.bytes().any(|b| b == b'\r' || b == b'\n') {
+        headers.insert(HeaderName::from_static(name), HeaderValue::from(value));
     }
 }
 
@@ -151,12 +160,8 @@ pub(crate) fn message_id(message: &Message, destination: &Destination) -> String
     }
     // Two events with one id are a mistake of their publisher, but neither must vanish.
     part(&message.payload);
-    let digest = hash.finalize();
-    digest.iter().take(16).fold(String::with_capacity(32), |mut hex, byte| {
-        // Writing to a string does not fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    let hex = |half: u8| char::from(b"0123456789abcdef"[usize::from(half)]);
+    hash.finalize().iter().take(16).flat_map(|byte| [hex(byte >> 4), hex(byte & 15)]).collect()
 }
 
 /// Where a message was read, for what it does not say itself.
@@ -171,49 +176,73 @@ pub(crate) struct Origin<'a> {
 pub(crate) fn decode(headers: Option<&HeaderMap>, payload: &Bytes, origin: &Origin<'_>) -> Message {
     let none = HeaderMap::new();
     let headers = headers.unwrap_or(&none);
-    let content_type = find(headers, "content-type").unwrap_or_default();
+    let (binary, others) = sort(headers);
+    let other = |name: &str| find(others.iter().copied(), name);
+    let content_type = other("content-type").unwrap_or_default();
     let structured = is_structured(content_type).then(|| structured(payload)).flatten();
-    let attributes = structured.as_ref().map_or_else(|| binary(headers), |(attributes, _)| attributes.clone());
-    let text = |name: &str| attributes.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
-    let topic = find(headers, TOPIC).and_then(|topic| Topic::new(topic).ok()).or_else(|| origin.topic.clone());
+    let is_binary = structured.is_none();
+    let (attributes, data) = structured.unwrap_or_else(|| (binary, payload.clone()));
+    let text = |name: &str| attributes.iter().find(|(n, _)| n == name).map(|(_, value)| &**value);
+    let topic = other(TOPIC).and_then(|topic| Topic::new(topic).ok()).or_else(|| origin.topic.clone());
     let topic = topic.or_else(|| text("type").and_then(|name| Topic::new(name).ok()));
     // A name that every topic may have; only what other clients send to internal subjects comes here.
     let topic = topic.or_else(|| Topic::new("unknown").ok());
     let Some(topic) = topic else { unreachable!("`unknown` is a topic") };
-    let id = text("id").filter(|id| !id.is_empty()).or_else(|| find(headers, MSG_ID));
+    let id = text("id").filter(|id| !id.is_empty()).or_else(|| other(MSG_ID));
     let id = id.map_or_else(|| MessageId::from(format!("{}-{}", origin.stream, origin.position)), MessageId::from);
-    let source = text("source").map_or_else(|| format!("/nats/{}", origin.stream), str::to_owned);
-    let event_type = text("type").unwrap_or(topic.as_str()).to_owned();
+    let source = text("source").map_or_else(|| format!("/nats/{}", origin.stream).into(), Text::from);
+    let named = text("type").filter(|name| *name != topic.as_str());
+    let event_type = named.map_or_else(|| topic.text().clone(), Text::from);
     let mut message = Message::new(id, source, event_type, topic);
-    message.payload = structured.as_ref().map_or_else(|| payload.clone(), |(_, data)| data.clone());
+    message.payload = data;
     match text("datacontenttype") {
+        Some(JSON) => message.content_type = Text::from_static(JSON),
         Some(given) => message.content_type = given.into(),
-        None if structured.is_some() => message.content_type = "application/json".into(),
+        None if !is_binary => message.content_type = Text::from_static(JSON),
         None if !content_type.is_empty() => message.content_type = content_type.into(),
         None => {}
     }
-    for (name, value) in attributes {
+    for (name, value) in &attributes {
         take_attribute(&mut message, name, value);
     }
-    if let Some(key) = find(headers, KEY).and_then(unescape_bytes) {
+    if let Some(key) = other(KEY).and_then(unescape_bytes) {
         message.key = Some(Key::from(&key[..]));
     }
-    decode_headers(headers, &mut message.headers);
+    decode_headers(headers, &others, &mut message.headers);
     message
 }
 
 /// Puts an attribute where it belongs; those that [`decode`] has read already go nowhere.
-fn take_attribute(message: &mut Message, name: String, value: String) {
-    match name.as_str() {
-        "id" | "source" | "type" | "datacontenttype" | "specversion" => {}
-        "dataversion" if value.parse::<u32>().is_ok() => message.version = value.parse().unwrap_or(1),
-        "time" if from_rfc3339(&value).is_some() => message.time = from_rfc3339(&value),
-        "recordedtime" if from_rfc3339(&value).is_some() => message.recorded_time = from_rfc3339(&value),
-        "partitionkey" => message.key = Some(value.into()),
-        "correlationid" => message.correlation_id = Some(value.into()),
-        "causationid" => message.causation_id = Some(value.into()),
-        _ => message.attributes.push((name.into(), value.into())),
+fn take_attribute(message: &mut Message, name: &str, value: &str) {
+    let known = match name {
+        "id" | "source" | "type" | "datacontenttype" | "specversion" => true,
+        "dataversion" => value.parse().map(|version| message.version = version).is_ok(),
+        "time" => set_time(&mut message.time, value),
+        "recordedtime" => set_time(&mut message.recorded_time, value),
+        "partitionkey" => {
+            message.key = Some(value.into());
+            true
+        }
+        "correlationid" => {
+            message.correlation_id = Some(value.into());
+            true
+        }
+        "causationid" => {
+            message.causation_id = Some(value.into());
+            true
+        }
+        _ => false,
+    };
+    if !known {
+        message.attributes.push((name.into(), value.into()));
     }
+}
+
+/// Whether `value` is a time.
+fn set_time(time: &mut Option<SystemTime>, value: &str) -> bool {
+    let read = from_rfc3339(value);
+    *time = read.or(*time);
+    read.is_some()
 }
 
 /// Headers as the server stores them: `NATS/1.0`, then a line for each.
@@ -230,27 +259,51 @@ pub(crate) fn parse_headers(stored: &[u8]) -> HeaderMap {
 /// What keeps its order, as it stands in a message: its topic and its key.
 pub(crate) fn lane(raw: &async_nats::Message) -> Option<(String, String)> {
     let headers = raw.headers.as_ref()?;
-    let key = find(headers, "ce-partitionkey").or_else(|| find(headers, KEY))?;
-    Some((find(headers, TOPIC).unwrap_or(&raw.subject).to_owned(), key.to_owned()))
+    let header = |name| find(each(headers), name);
+    let key = header("ce-partitionkey").or_else(|| header(KEY))?;
+    Some((header(TOPIC).unwrap_or(&raw.subject).to_owned(), key.to_owned()))
 }
 
-fn find<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    let same = |(n, _): &(&HeaderName, _)| AsRef::<str>::as_ref(*n).eq_ignore_ascii_case(name);
-    headers.iter().find(same).and_then(|(_, values)| values.first()).map(HeaderValue::as_str)
+/// A header and its values.
+type Header<'a> = (&'a str, &'a [HeaderValue]);
+/// An attribute: its name, in lower case, and its value, decoded.
+type Attribute<'a> = (Cow<'a, str>, Cow<'a, str>);
+
+fn each(headers: &HeaderMap) -> impl Iterator<Item = Header<'_>> {
+    headers.iter().map(|(name, values)| (name.as_ref(), &values[..]))
 }
 
-/// Attributes of binary mode, by name. One that cannot be decoded is left out: it is among the headers.
-fn binary(headers: &HeaderMap) -> Vec<(String, String)> {
-    let mut attributes: Vec<_> = headers.iter().filter_map(|(name, values)| attribute(name.as_ref(), values)).collect();
+fn find<'a>(mut headers: impl Iterator<Item = Header<'a>>, name: &str) -> Option<&'a str> {
+    let found = headers.find(|(n, _)| n.eq_ignore_ascii_case(name));
+    found.and_then(|(_, values)| values.first()).map(HeaderValue::as_str)
+}
+
+/// Attributes of binary mode, by name, and the other headers. An attribute that cannot be decoded is among those.
+fn sort(headers: &HeaderMap) -> (Vec<Attribute<'_>>, Vec<Header<'_>>) {
+    let (mut attributes, mut others) = (Vec::with_capacity(headers.len()), Vec::new());
+    for (name, values) in each(headers) {
+        match attribute(name, values) {
+            Some(attribute) => attributes.push(attribute),
+            None => others.push((name, values)),
+        }
+    }
     attributes.sort_unstable();
-    attributes
+    (attributes, others)
 }
 
-fn attribute(name: &str, values: &[HeaderValue]) -> Option<(String, String)> {
+fn attribute<'a>(name: &'a str, values: &'a [HeaderValue]) -> Option<Attribute<'a>> {
     let name = name.get(..3).filter(|prefix| prefix.eq_ignore_ascii_case("ce-")).and(name.get(3..))?;
-    let named = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric());
-    let value = unescape(values.first()?.as_str()).filter(|value| !value.contains(char::is_control))?;
-    named.then(|| (name.to_ascii_lowercase(), value))
+    if name.is_empty() || !all(name.as_bytes(), |b| b.is_ascii_alphanumeric()) {
+        return None;
+    }
+    let lower = !name.bytes().any(|b| b.is_ascii_uppercase());
+    let name = if lower { Cow::Borrowed(name) } else { Cow::Owned(name.to_ascii_lowercase()) };
+    let value = values.first()?.as_str().trim();
+    if all(value.as_bytes(), |b| is_literal(b) || b == b' ') {
+        return Some((name, Cow::Borrowed(value)));
+    }
+    let value = unescape(value).filter(|value| !value.contains(char::is_control))?;
+    Some((name, Cow::Owned(value)))
 }
 
 fn is_structured(content_type: &str) -> bool {
@@ -259,7 +312,7 @@ fn is_structured(content_type: &str) -> bool {
 }
 
 /// Attributes and data of structured mode in the JSON format; `None` if it is none.
-fn structured(payload: &[u8]) -> Option<(Vec<(String, String)>, Bytes)> {
+fn structured(payload: &[u8]) -> Option<(Vec<Attribute<'static>>, Bytes)> {
     let Value::Object(event) = serde_json::from_slice(payload).ok()? else { return None };
     for required in ["id", "source", "type", "specversion"] {
         event.get(required)?.as_str().filter(|value| !value.is_empty())?;
@@ -276,7 +329,7 @@ fn structured(payload: &[u8]) -> Option<(Vec<(String, String)>, Bytes)> {
             Value::Bool(_) | Value::Number(_) => value.to_string(),
             _ => return None,
         };
-        (!name.starts_with("data_") && name != "data").then(|| (name.clone(), text))
+        (!name.starts_with("data_") && name != "data").then(|| (name.clone().into(), text.into()))
     };
     Some((event.iter().filter_map(attribute).collect(), data))
 }
@@ -292,34 +345,35 @@ fn json_data(data: &Value, content_type: Option<&str>) -> Option<Bytes> {
     }
 }
 
-fn decode_headers(from: &HeaderMap, headers: &mut Headers) {
+fn decode_headers(from: &HeaderMap, others: &[Header<'_>], headers: &mut Headers) {
     let mut taken: Vec<(&str, usize)> = Vec::new();
-    for listed in find(from, LAYOUT).unwrap_or_default().split(',').filter(|listed| !listed.is_empty()) {
+    for listed in
+        find(others.iter().copied(), LAYOUT).unwrap_or_default().split(',').filter(|listed| !listed.is_empty())
+    {
         let (name, encoded) = listed.strip_suffix('=').map_or((listed, false), |name| (name, true));
         let nth = taken.iter().filter(|(n, _)| *n == name).count();
-        let exact = from.iter().find(|(n, _)| AsRef::<str>::as_ref(*n) == name);
+        let exact = each(from).find(|(n, _)| *n == name);
         let Some(value) = exact.and_then(|(_, values)| values.get(nth)) else { continue };
         let value = value.as_str();
         let bytes = if encoded { unescape_bytes(value) } else { None };
         headers.append_unchecked(name, bytes.map_or_else(|| Bytes::copy_from_slice(value.as_bytes()), Bytes::from));
         taken.push((name, nth));
     }
-    let mut rest: Vec<_> = from.iter().filter(|(name, values)| is_foreign((*name).as_ref(), values)).collect();
-    rest.sort_unstable_by_key(|(name, _)| AsRef::<str>::as_ref(*name));
+    let mut rest: Vec<_> = others.iter().filter(|(name, _)| is_foreign(name)).collect();
+    rest.sort_unstable_by_key(|(name, _)| *name);
     for (name, values) in rest {
-        let name: &str = name.as_ref();
-        let skip = taken.iter().filter(|(n, _)| *n == name).count();
+        let skip = taken.iter().filter(|(n, _)| n == name).count();
         for value in values.iter().skip(skip) {
-            headers.append_unchecked(name, Bytes::copy_from_slice(value.as_str().as_bytes()));
+            headers.append_unchecked(*name, Bytes::copy_from_slice(value.as_str().as_bytes()));
         }
     }
 }
 
-/// Whether a header is neither an attribute nor the server's or our own.
-fn is_foreign(name: &str, values: &[HeaderValue]) -> bool {
+/// Whether a header that is no attribute is neither the server's nor our own.
+fn is_foreign(name: &str) -> bool {
     let own = OWN.iter().any(|own| name.eq_ignore_ascii_case(own));
     let server = name.get(..5).is_some_and(|prefix| prefix.eq_ignore_ascii_case("nats-"));
-    !own && !server && attribute(name, values).is_none()
+    !own && !server
 }
 
 /// What is written as it is: U+0021 to U+007E but for `"` and `%`.
@@ -327,8 +381,13 @@ fn is_literal(byte: u8) -> bool {
     (b'!'..=b'~').contains(&byte) && byte != b'"' && byte != b'%'
 }
 
-fn escape(text: &str) -> String {
-    escape_bytes(text.as_bytes())
+/// Without a branch for each byte, because it is asked of each attribute of each message.
+fn all(bytes: &[u8], is: impl Fn(u8) -> bool) -> bool {
+    bytes.iter().fold(true, |all, byte| all & is(*byte))
+}
+
+fn escape(text: &str) -> Cow<'_, str> {
+    if all(text.as_bytes(), is_literal) { Cow::Borrowed(text) } else { Cow::Owned(escape_bytes(text.as_bytes())) }
 }
 
 fn escape_bytes(bytes: &[u8]) -> String {
@@ -346,9 +405,8 @@ fn escape_bytes(bytes: &[u8]) -> String {
     escaped
 }
 
-/// One round of decoding, after un-quoting; `None` for what is no UTF-8.
+/// One round of decoding, after un-quoting, of what is trimmed; `None` for what is no UTF-8.
 fn unescape(value: &str) -> Option<String> {
-    let value = value.trim();
     let inner = value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).filter(|_| value.len() > 1);
     let bytes = match inner {
         None => unescape_bytes(value)?,

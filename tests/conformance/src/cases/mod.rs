@@ -41,6 +41,8 @@ pub(crate) enum Need {
     Beginning,
     /// Reading again.
     Replay,
+    /// Positions that subscriptions and replays share.
+    LogPositions,
     /// Not being able to read again.
     NoReplay,
     /// Counting what is lost with its instance.
@@ -66,6 +68,7 @@ impl Need {
             Self::Retention => (can.retention, "retention"),
             Self::Beginning => (can.start_beginning, "start_beginning"),
             Self::Replay => (can.replay, "replay"),
+            Self::LogPositions => (can.log_positions, "log_positions"),
             Self::CountsLosses => (can.counts_losses, "counts_losses"),
             Self::NoReplay => return can.replay.then(|| "its capabilities say `replay: true`".into()),
             Self::Cut => return env.factory().cannot_cut().map(Into::into),

@@ -15,7 +15,7 @@ cases!("replay":
     a_replay_reads_all_again_marked_and_moves_no_subscription [Replay],
     a_replay_can_start_at_a_time [Replay],
     a_replay_can_start_at_a_position [Replay],
-    a_position_of_a_subscription_is_one_of_its_replay [Replay],
+    a_position_of_a_subscription_is_one_of_its_replay [Replay, LogPositions],
     a_replay_can_follow_what_is_published_next [Replay],
     a_replay_ends_when_all_that_was_there_is_settled [Replay],
     what_a_replay_gives_back_comes_again_within_it [Replay],

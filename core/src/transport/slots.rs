@@ -1,16 +1,17 @@
-//! Which instance takes which slot, and which slot takes a key: the same answer for the same question, always, and the same
-//! as in the memory transport.
+//! Which slot takes a key, and which instance takes a slot: the same answer for the same question, always, on any broker.
 
-use tidings_core::Key;
+use crate::Key;
 
 /// The slot of a key; what has no key is in slot 0.
-pub(crate) fn slot_of(key: Option<&Key>, slots: u32) -> u32 {
+#[must_use]
+pub fn slot_of(key: Option<&Key>, slots: u32) -> u32 {
     match key {
         Some(key) if slots > 1 => (mix(fnv(key.as_bytes())) % u64::from(slots)) as u32,
         _ => 0,
     }
 }
 
+/// FNV-1a, 64 bits: stable, and short for the short keys it is used on.
 fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
@@ -20,7 +21,8 @@ fn fnv(bytes: &[u8]) -> u64 {
 /// One slot stays with the oldest instance. More are shared by rendezvous hash of instance and slot, the
 /// best matches first, and no instance takes more than its share: so each has as many as any other, give
 /// or take one, and few move when an instance comes or goes.
-pub(crate) fn share(slots: usize, instances: &[u64]) -> Vec<Option<usize>> {
+#[must_use]
+pub fn share_slots(slots: usize, instances: &[u64]) -> Vec<Option<usize>> {
     let mut shares = vec![None; slots];
     if slots <= 1 || instances.len() <= 1 {
         shares.fill((!instances.is_empty()).then_some(0));
@@ -63,22 +65,22 @@ mod tests {
     }
 
     #[test]
-    fn every_slot_has_an_instance_and_none_more_than_its_share() {
+    fn every_slot_has_an_instance_and_none_more_than_its_share_slots() {
         for slots in 1..40 {
             for instances in 1..10 {
                 let ids: Vec<u64> = (1..=instances as u64).map(|i| i * 7).collect();
-                let counts = counts(&share(slots, &ids), instances);
+                let counts = counts(&share_slots(slots, &ids), instances);
                 assert_eq!(counts.iter().sum::<usize>(), slots);
                 let (least, most) = (counts.iter().min(), counts.iter().max());
                 assert!(most <= least.map(|l| l + 1).as_ref(), "{slots} slots: {counts:?}");
             }
         }
-        assert_eq!(share(3, &[]), [None; 3]);
+        assert_eq!(share_slots(3, &[]), [None; 3]);
     }
 
     #[test]
     fn few_slots_move_when_an_instance_joins() {
-        let (before, after) = (share(64, &[1, 2, 3]), share(64, &[1, 2, 3, 4]));
+        let (before, after) = (share_slots(64, &[1, 2, 3]), share_slots(64, &[1, 2, 3, 4]));
         let moved = before.iter().zip(&after).filter(|(b, a)| b != a).count();
         assert!((16..=32).contains(&moved), "{moved} of 64 moved, 16 must");
     }

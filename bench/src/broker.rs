@@ -1,0 +1,60 @@
+//! What a broker brings to the scenarios.
+
+use crate::Result;
+use crate::event::Sample;
+use crate::measure::Meter;
+use std::sync::Arc;
+use tidings::transport::Transport;
+
+/// A raw loop of a broker: the native client, used the best way that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Raw {
+    pub name: &'static str,
+    /// What it does, in the report.
+    pub what: &'static str,
+    /// Its messages carry no attributes: it moves fewer bytes than the SDK has to.
+    pub bare: bool,
+}
+
+/// How much may be under way.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Unconfirmed publishes.
+    pub window: usize,
+    /// Deliveries read and not confirmed as settled.
+    pub in_flight: usize,
+}
+
+/// A broker and its raw client. The first raw loop of each kind is the one that the others are compared with.
+pub trait Broker: Send + Sync + 'static {
+    const NAME: &'static str;
+    const PUBLISH: &'static [Raw];
+    const CONSUME: &'static [Raw];
+
+    /// The versions of broker and client.
+    fn versions(&self) -> impl Future<Output = Result<String>> + Send;
+
+    /// A transport in a namespace of its own.
+    fn connect(&self, namespace: &str) -> impl Future<Output = Result<Arc<dyn Transport>>> + Send;
+
+    /// Publishes `count` events to a topic that a transport has provisioned; the meter is told of each confirmation.
+    fn publish<E: Sample>(
+        &self,
+        raw: Raw,
+        namespace: &str,
+        limits: Limits,
+        meter: &Meter,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Consumes what a topic holds, from the beginning, until the meter has seen enough; told of each event handled.
+    fn consume<E: Sample>(
+        &self,
+        raw: Raw,
+        namespace: &str,
+        limits: Limits,
+        meter: &Meter,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Removes all that was made.
+    fn clean_up(&self) -> impl Future<Output = Result<()>> + Send;
+}

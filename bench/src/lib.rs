@@ -1,0 +1,16 @@
+//! What Tidings costs: the raw client, the transport driven directly and the whole SDK in turn, on the same work.
+//!
+//! A scenario is written once, over any `Broker`; what is a broker's own, its raw loops above all, is one file.
+
+#![allow(missing_docs, reason = "a program, split for its tests")]
+
+pub mod broker;
+pub mod event;
+pub mod measure;
+pub mod memory;
+pub mod nats;
+pub mod report;
+pub mod scenario;
+
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub type Result<T, E = BoxError> = std::result::Result<T, E>;
