@@ -83,7 +83,7 @@ pub struct KafkaConfig {
     pub max_message_bytes: u32,
     /// About how much a subscription reads ahead, in bytes. Default: 4 MiB.
     pub read_ahead_bytes: u32,
-    /// `none`, `gzip`, `snappy`, `lz4` or `zstd`. Default: `lz4`.
+    /// `none`, `gzip`, `snappy` or `lz4`. Default: `lz4`.
     pub compression: String,
     /// Properties of librdkafka by name, for tuning: of sockets, fetching, batching and reconnecting. Those on which the
     /// promises of this SDK rest are refused. Default: none.
@@ -109,13 +109,13 @@ pub enum Sasl {
     /// User and password as they are.
     #[serde(rename = "plain")]
     Plain,
-    /// Proof of the password. Needs the feature `sasl`.
+    /// Proof of the password. Needs the feature `tls`.
     #[serde(rename = "scram-sha-256")]
     ScramSha256,
-    /// Proof of the password. Needs the feature `sasl`.
+    /// Proof of the password. Needs the feature `tls`.
     #[serde(rename = "scram-sha-512")]
     ScramSha512,
-    /// A token. Needs the feature `sasl`.
+    /// A token. Needs the feature `tls`.
     #[serde(rename = "oauthbearer")]
     OAuthBearer,
 }
@@ -303,8 +303,8 @@ impl KafkaConfig {
         if !(64 * 1024..=1_000_000_000).contains(&self.read_ahead_bytes) {
             return refuse("read_ahead_bytes", "must be 65,536 to 1,000,000,000");
         }
-        if !["none", "gzip", "snappy", "lz4", "zstd"].contains(&self.compression.as_str()) {
-            return refuse("compression", "must be none, gzip, snappy, lz4 or zstd");
+        if !["none", "gzip", "snappy", "lz4"].contains(&self.compression.as_str()) {
+            return refuse("compression", "must be none, gzip, snappy or lz4");
         }
         if self.tls_cert_file.is_some() != self.tls_key_file.is_some() {
             return refuse("tls_cert_file", "a certificate and its key (`tls_key_file`) are needed together");
@@ -324,7 +324,7 @@ impl KafkaConfig {
         if self.encrypts() && !cfg!(feature = "tls") {
             return refuse(
                 "tls",
-                "TLS is needed for other hosts: build with the feature `tls`, or `allow_plaintext = true`",
+                "TLS is needed for other hosts: build with the feature `tls` (`kafka-tls` of `tidings`), or `allow_plaintext = true`",
             );
         }
         match self.mechanism() {
@@ -333,8 +333,11 @@ impl KafkaConfig {
             Some(Sasl::Plain) if self.user.is_none() || self.password.is_none() => {
                 return refuse("password", "`plain` needs a user and a password");
             }
-            Some(mechanism) if mechanism != Sasl::Plain && !cfg!(feature = "sasl") => {
-                return refuse("sasl", "this login is not compiled in: build with the feature `sasl`");
+            Some(mechanism) if mechanism != Sasl::Plain && !cfg!(feature = "tls") => {
+                return refuse(
+                    "sasl",
+                    "this login is not compiled in: build with the feature `tls` (`kafka-tls` of `tidings`)",
+                );
             }
             Some(Sasl::OAuthBearer) => {}
             Some(_) if self.user.is_none() || self.password.is_none() => {
