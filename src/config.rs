@@ -203,7 +203,7 @@ impl Config {
     }
 
     /// The section of the selected transport, strictly.
-    #[cfg(any(feature = "memory", feature = "nats", feature = "rabbitmq"))]
+    #[cfg(any(feature = "memory", feature = "nats", feature = "rabbitmq", feature = "kafka"))]
     pub(crate) fn section<T: DeserializeOwned + Default>(&self, name: &'static str) -> Result<T> {
         let section = self.sections.get(name).cloned();
         section.map_or_else(|| Ok(T::default()), |value| typed(value, name, &self.origin))

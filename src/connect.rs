@@ -7,14 +7,13 @@ use tidings_core::transport::{BoxFuture, Capabilities, Topology, Transport};
 use tidings_core::{Capable, Connect};
 
 /// URL schemes, the transport each belongs to, and the feature that compiles it in.
-const SCHEMES: [(&str, &str); 7] = [
+const SCHEMES: [(&str, &str); 6] = [
     ("memory", "memory"),
     ("nats", "nats"),
     ("tls", "nats"),
     ("amqp", "rabbitmq"),
     ("amqps", "rabbitmq"),
     ("kafka", "kafka"),
-    ("kafkas", "kafka"),
 ];
 
 /// The transport that a URL belongs to, if it is compiled in.
@@ -39,7 +38,8 @@ fn compiled_in(transport: &'static str) -> Result<&'static str> {
         "nats" => Ok(transport),
         #[cfg(feature = "rabbitmq")]
         "rabbitmq" => Ok(transport),
-        // A feature of a transport that is not released yet does not exist; the text is the same then.
+        #[cfg(feature = "kafka")]
+        "kafka" => Ok(transport),
         _ => {
             let why =
                 format!("transport `{transport}` is not compiled in; enable the feature `{transport}` of `tidings`");
@@ -72,6 +72,8 @@ impl Config {
             "nats" => Ok(tidings_nats::NatsTransport::connect(self.nats()?).await?),
             #[cfg(feature = "rabbitmq")]
             "rabbitmq" => Ok(tidings_rabbitmq::RabbitMqTransport::connect(self.rabbitmq()?).await?),
+            #[cfg(feature = "kafka")]
+            "kafka" => Ok(tidings_kafka::KafkaTransport::connect(self.kafka()?).await?),
             other => Err(Error::new(ErrorKind::Internal, format!("transport `{other}` has no connector"))),
         }
     }
@@ -118,6 +120,18 @@ impl Config {
         }
         Ok(config)
     }
+
+    #[cfg(feature = "kafka")]
+    fn kafka(&self) -> Result<tidings_kafka::KafkaConfig> {
+        let mut config: tidings_kafka::KafkaConfig = self.section("kafka")?;
+        if let Some(url) = &self.url {
+            config = config.with_url(url)?;
+        }
+        if let Some(namespace) = &self.namespace {
+            config.namespace.clone_from(namespace);
+        }
+        Ok(config)
+    }
 }
 
 impl Config {
@@ -136,6 +150,11 @@ impl Config {
             }
             #[cfg(feature = "rabbitmq")]
             "rabbitmq" => Ok(Some(tidings_rabbitmq::capabilities(&self.section(name)?))),
+            #[cfg(feature = "kafka")]
+            "kafka" => {
+                self.section::<tidings_kafka::KafkaConfig>(name)?;
+                Ok(Some(tidings_kafka::capabilities()))
+            }
             _ => Ok(None),
         }
     }
@@ -170,5 +189,17 @@ impl Connect for Config {
             }
             Ok((transport, self.bus))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_compiled_in_says_by_which_feature_it_is() {
+        let error = compiled_in("pulsar").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.to_string().contains("feature `pulsar`"), "{error}");
     }
 }

@@ -12,6 +12,8 @@ pub use tidings_core::{
     Stats, SubscriptionConfig, SubscriptionName, Text, ToKey, Topic, TopicPattern, Unrouted, handler, header,
     transport,
 };
+#[cfg(feature = "kafka")]
+pub use tidings_kafka as kafka;
 #[cfg(feature = "macros")]
 pub use tidings_macros::Event;
 #[cfg(feature = "memory")]

@@ -4,8 +4,15 @@
 
 use std::process::ExitCode;
 use tidings_conformance::Suite;
-use tidings_tests::factories::{Directory, Memory, Nats, RabbitMq};
+use tidings_tests::factories::{Directory, Kafka, Memory, Nats, RabbitMq};
 
 fn main() -> ExitCode {
-    Suite::new().with(Memory).with(Directory).with_requested(Nats::default()).with_requested(RabbitMq::default()).main()
+    Suite::new()
+        .with(Memory)
+        .with(Directory)
+        .with_requested(Nats::default())
+        .with_requested(RabbitMq::default())
+        .with_requested(Kafka::default())
+        .with_requested(Kafka::kip_848())
+        .main()
 }

@@ -58,7 +58,22 @@ kafka_java() {
   echo "$java"
 }
 
+# More listeners, for proxies: TIDINGS_TEST_KAFKA_PROXIED is PORT:ADVERTISED,.. where ADVERTISED is the proxy's port on this host.
+# A client that connects through a proxy is told to stay with that proxy.
+kafka_proxied() {
+  local pair number=0
+  listeners= advertised= protocols=
+  for pair in ${TIDINGS_TEST_KAFKA_PROXIED//,/ }; do
+    number=$((number + 1))
+    listeners+=",PROXIED$number://127.0.0.1:${pair%:*}"
+    advertised+=",PROXIED$number://127.0.0.1:${pair#*:}"
+    protocols+=",PROXIED$number:PLAINTEXT"
+  done
+}
+
 kafka_configure() {
+  local listeners advertised protocols
+  TIDINGS_TEST_KAFKA_PROXIED=${TIDINGS_TEST_KAFKA_PROXIED:-} kafka_proxied
   cat >log4j2.xml <<-END
 	<Configuration status="WARN">
 	  <Appenders><Console name="out"><PatternLayout pattern="%d{ISO8601} %p %m (%c)%n"/></Console></Appenders>
@@ -70,9 +85,9 @@ kafka_configure() {
 	node.id=1
 	controller.quorum.voters=1@127.0.0.1:$kafka_controller_port
 	controller.listener.names=CONTROLLER
-	listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$kafka_controller_port
-	advertised.listeners=PLAINTEXT://127.0.0.1:$port
-	listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
+	listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$kafka_controller_port$listeners
+	advertised.listeners=PLAINTEXT://127.0.0.1:$port$advertised
+	listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT$protocols
 	inter.broker.listener.name=PLAINTEXT
 	log.dirs=$PWD/data
 	auto.create.topics.enable=false

@@ -1,5 +1,6 @@
 //! The transports of this repository, as the conformance suite takes them.
 
+pub use crate::kafka::Kafka;
 use crate::proxy::Proxy;
 pub use crate::rabbitmq::RabbitMq;
 use crate::server::{OnDemand, Server, kill_and_restart};

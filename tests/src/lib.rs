@@ -3,6 +3,7 @@
 pub mod broken;
 pub mod factories;
 pub mod faulty;
+mod kafka;
 pub mod proxy;
 mod rabbitmq;
 pub mod server;

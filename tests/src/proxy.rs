@@ -40,7 +40,15 @@ impl Proxy {
     /// # Errors
     /// No port is free.
     pub async fn start(broker: SocketAddr) -> io::Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        Self::start_at(0, broker).await
+    }
+
+    /// As [`start`](Self::start), on a port that the broker tells its clients.
+    ///
+    /// # Errors
+    /// The port is taken.
+    pub async fn start_at(port: u16, broker: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", port)).await?;
         let (address, weather) = (listener.local_addr()?, watch::Sender::new(Weather::default()));
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(listener, broker, weather.subscribe()));

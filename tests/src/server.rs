@@ -23,6 +23,24 @@ impl Server {
     /// # Errors
     /// What `scripts/brokers` said, in one line.
     pub fn start(broker: &'static str) -> io::Result<Self> {
+        Self::start_with(broker, Vec::new())
+    }
+
+    /// A Kafka broker with `count` more listeners, and for each its port and the port of the proxy that it tells its clients.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_proxied_kafka(count: usize) -> io::Result<(Self, Vec<(u16, u16)>)> {
+        let free = (0..count * 2).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<io::Result<Vec<_>>>()?;
+        let ports = free.iter().map(|free| Ok(free.local_addr()?.port())).collect::<io::Result<Vec<_>>>()?;
+        drop(free);
+        let pairs: Vec<(u16, u16)> = ports.chunks(2).map(|pair| (pair[0], pair[1])).collect();
+        let told: Vec<_> = pairs.iter().map(|(port, proxy)| format!("{port}:{proxy}")).collect();
+        let server = Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_PROXIED".into(), told.join(","))])?;
+        Ok((server, pairs))
+    }
+
+    fn start_with(broker: &'static str, more: Vec<(String, String)>) -> io::Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let state = format!("tidings-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
         let ports = match broker {
@@ -35,7 +53,8 @@ impl Server {
         let variable = |(name, port): (&&str, &TcpListener)| {
             port.local_addr().map(|address| (format!("TIDINGS_TEST_{name}_PORT"), address.port().to_string()))
         };
-        let variables = ports.iter().zip(&free).map(variable).collect::<io::Result<Vec<_>>>()?;
+        let mut variables = ports.iter().zip(&free).map(variable).collect::<io::Result<Vec<_>>>()?;
+        variables.extend(more);
         drop(free);
         let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
         server.up()?;
