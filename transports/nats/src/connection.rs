@@ -93,10 +93,10 @@ pub(crate) async fn open(config: &NatsConfig) -> Result<(Api, Arc<Link>)> {
         .await
         .map_err(|_| timed_out("the server did not answer in time").with_operation("connect"))?
         .map_err(connect)?;
-    let api = Api::new(client, config.domain.as_deref(), config.request_timeout.min(config.connect_timeout));
-    check_server(&api).await.map_err(|error| error.with_operation("connect"))?;
+    let api = Api::new(client, &link, config.domain.as_deref(), config.request_timeout);
+    check_server(&api.impatient(config.connect_timeout)).await.map_err(|error| error.with_operation("connect"))?;
     link.events.tell(BusEvent::Connected);
-    Ok((Api::new(api.client, config.domain.as_deref(), config.request_timeout), link))
+    Ok((api, link))
 }
 
 async fn check_server(api: &Api) -> Result<()> {
