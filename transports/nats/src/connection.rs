@@ -186,9 +186,9 @@ async fn log_in(options: ConnectOptions, config: &NatsConfig) -> Result<ConnectO
     }
     if let Some(path) = &config.credentials_file {
         let credentials = secret("credentials_file", Some(&Secret::from_file(path)))?.unwrap_or_default();
-        // What is wrong with it is not said: it would quote it.
+        // The client wants the last line ended, which a secret's is not. What is wrong with it is not said: it would quote it.
         options = options
-            .credentials(&credentials)
+            .credentials(&format!("{credentials}\n"))
             .map_err(|_| invalid("the credentials file cannot be read").with_context("file", path.display()))?;
     }
     Ok(options)

@@ -1,6 +1,7 @@
 //! What only a server of its own can show: refused and wrong connections, and what is deleted under a subscription.
 #![allow(clippy::unwrap_used)]
 
+use base64::Engine;
 use std::future::poll_fn;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -37,7 +38,7 @@ impl Server {
         let dir = std::env::temp_dir().join(format!("tidings-nats-{}-{port}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let file = dir.join("server.conf");
-        std::fs::write(&file, config.replace("DIR", dir.to_str().unwrap())).unwrap();
+        std::fs::write(&file, config.replace("DIR/", &format!("{}/", dir.display()))).unwrap();
         let mut command = Command::new(binary());
         command.args(["-a", "127.0.0.1", "-p", &port.to_string(), "-c"]).arg(&file);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -150,6 +151,58 @@ async fn credentials_are_checked() {
     connect(NatsConfig::from_url(&url).unwrap()).await;
     let other = NatsConfig { nkey: Some(nkeys::KeyPair::new_user().seed().unwrap().into()), ..server.config() };
     assert_eq!(refused(other).await.kind(), ErrorKind::Denied);
+}
+
+/// A JWT as the server's tools write it: by `issuer`, about `subject`.
+fn jwt(issuer: &nkeys::KeyPair, subject: &str, nats: serde_json::Value) -> String {
+    let encode = |text: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
+    let claims = serde_json::json!({ "jti": subject, "iat": 1, "iss": issuer.public_key(), "name": "test", "sub": subject, "nats": nats });
+    let signed =
+        [r#"{"typ":"JWT","alg":"ed25519-nkey"}"#, &claims.to_string()].map(|part| encode(part.as_bytes())).join(".");
+    format!("{signed}.{}", encode(&issuer.sign(signed.as_bytes()).unwrap()))
+}
+
+/// What a `.creds` file holds.
+fn credentials(account: &nkeys::KeyPair, user: &nkeys::KeyPair) -> String {
+    let jwt = jwt(
+        account,
+        &user.public_key(),
+        serde_json::json!({ "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 }),
+    );
+    let seed = user.seed().unwrap();
+    format!(
+        "-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n\
+         -----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+    )
+}
+
+#[tokio::test]
+async fn a_credentials_file_is_checked() {
+    let operator = nkeys::KeyPair::new_operator();
+    let [system, account, other] = std::array::from_fn(|_| nkeys::KeyPair::new_account());
+    let limits = serde_json::json!({ "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "conn": -1,
+        "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1, "wildcards": true });
+    let about = |kind: &str, key: &nkeys::KeyPair| {
+        jwt(&operator, &key.public_key(), serde_json::json!({ "type": kind, "version": 2, "limits": limits }))
+    };
+    let unlimited = jwt(&operator, &system.public_key(), serde_json::json!({ "type": "account", "version": 2 }));
+    let server = Server::with_streams(&format!(
+        "operator: {}\nresolver: MEMORY\nsystem_account: {}\nresolver_preload: {{ {}: {unlimited}, {}: {} }}",
+        about("operator", &operator),
+        system.public_key(),
+        system.public_key(),
+        account.public_key(),
+        about("account", &account),
+    ));
+    let file = std::env::temp_dir().join(format!("tidings-nats-{}.creds", std::process::id()));
+    let with = |by: &nkeys::KeyPair| {
+        std::fs::write(&file, credentials(by, &nkeys::KeyPair::new_user())).unwrap();
+        NatsConfig { credentials_file: Some(file.clone()), ..server.config() }
+    };
+    assert_eq!(refused(server.config()).await.kind(), ErrorKind::Denied);
+    assert_eq!(refused(with(&other)).await.kind(), ErrorKind::Denied);
+    publish(&*connect(with(&account)).await, "1").await;
+    std::fs::remove_file(&file).unwrap();
 }
 
 #[tokio::test]
