@@ -41,6 +41,7 @@ struct Member {
 
 #[derive(Serialize, Deserialize)]
 struct Claim {
+    /// Empty if nobody owns it.
     owner: String,
 }
 
@@ -283,6 +284,8 @@ impl Ownership {
             (Some((owner, revision)), false) if mine && (*owner == self.name || !picture.living.contains(owner)) => {
                 self.claim(slot, *revision).await?;
             }
+            // Lost, or handed on in part: no other takes it from one that lives.
+            (Some((owner, revision)), false) if *owner == self.name => self.free(slot, *revision).await?,
             _ => {}
         }
         Ok(())
@@ -366,14 +369,18 @@ impl Ownership {
         for stream in plans {
             self.catalog().unpin(&stream, &consumer).await?;
         }
-        let key = self.catalog().names.claim_key(&self.instance.spec.name, &slot.to_string());
         tracing::debug!(slot, revision = owned.revision, "a slot is handed on");
-        self.catalog().forget(&key).await?;
-        // Who waits for it listens for writes, and a purge is none.
-        let client = &self.catalog().api.client;
-        let _ =
-            client.publish(self.catalog().names.claim_key(&self.instance.spec.name, "free"), bytes::Bytes::new()).await;
-        Ok(())
+        self.free(slot, owned.revision).await
+    }
+
+    /// Writes that nobody owns a slot, unless somebody was faster.
+    async fn free(&self, slot: u32, revision: u64) -> Result<(), Failure> {
+        let key = self.catalog().names.claim_key(&self.instance.spec.name, &slot.to_string());
+        let claim = written(&Claim { owner: String::new() })?;
+        match self.api().store(&key, expecting(revision), claim.into()).await {
+            Err(failure) if failure.is(ApiError::WRONG_LAST_SEQUENCE) => Ok(()),
+            freed => freed.map(drop),
+        }
     }
 
     fn lose(&mut self, slot: u32) {

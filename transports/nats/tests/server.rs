@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use base64::Engine;
+use futures_util::StreamExt;
 use std::future::poll_fn;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use tidings_core::transport::{
-    Delivery, Destination, Fate, Ordering, Polled, Start, Subscription, SubscriptionSpec, Transport, submit_and_wait,
+    Delivery, Destination, Fate, Ordering, Polled, Start, Subscription, SubscriptionSpec, TopicSpec, Topology,
+    Transport, submit_and_wait,
 };
 use tidings_core::{Error, ErrorKind, Message, MessageId, SubscriptionName, Topic, TopicPattern};
 use tidings_nats::{NatsConfig, NatsTransport, Provision};
@@ -299,6 +301,35 @@ async fn what_is_deleted_under_a_subscription_is_built_again() {
         let flushed = subscription.close(Instant::now() + PATIENCE).await;
         assert_eq!((flushed.applied, flushed.stale), (3, 0));
     }
+}
+
+/// As one that was cut off for too long: its claim stands, it reads nothing, and it lives.
+#[tokio::test]
+async fn a_slot_that_its_owner_has_lost_is_handed_on() {
+    let server = Server::with_streams("");
+    let [one, two] = [connect(server.config()).await, connect(server.config()).await];
+    let mut orders = TopicSpec::new(topic("shop.order"));
+    orders.slots = 2;
+    one.provision(&Topology { topics: vec![orders], subscriptions: Vec::new() }).await.unwrap();
+    let client = one.native().downcast_ref::<async_nats::Client>().unwrap();
+    let mut claims = client.subscribe("$KV.*.owner.crm.*").await.unwrap();
+    let mut claim = async || timeout(PATIENCE, claims.next()).await.expect("a claim").unwrap();
+    let _first = one.subscribe(spec(&["shop.order"], Ordering::Key)).await.unwrap();
+    let lost = claim().await.payload;
+    let _second = two.subscribe(spec(&["shop.order"], Ordering::Key)).await.unwrap();
+    let taken = loop {
+        let claim = claim().await;
+        if claim.payload != lost && claim.payload != r#"{"owner":""}"# {
+            break claim;
+        }
+    };
+    client.publish(taken.subject.clone(), lost.clone()).await.unwrap();
+    let mut owners = vec![];
+    while owners.last() != Some(&taken.payload) {
+        let claim = claim().await;
+        owners.extend((claim.subject == taken.subject).then_some(claim.payload));
+    }
+    assert_eq!(owners[..2], [lost, r#"{"owner":""}"#.into()], "it was told that it has it, and that it has not");
 }
 
 #[tokio::test]
