@@ -345,14 +345,16 @@ async fn streams_that_do_not_fit_are_refused_and_not_changed() {
     create("queue", r#""retention":"workqueue","subjects":["queue.>"]"#).await;
     create("drops", r#""retention":"limits","subjects":["drops.>"],"max_msgs":5,"discard":"old" "#).await;
     create("fits", r#""retention":"limits","subjects":["fits.>"]"#).await;
-    for (pattern, named) in [("part.>", "part"), ("queue.a", "retention"), ("drops.a", "discard")] {
+    for (pattern, named) in [("part.>", "a pattern for each stream"), ("queue.a", "retention"), ("drops.a", "discard")]
+    {
         let error = transport.subscribe(spec(&[pattern], Ordering::None)).await.err().expect("refused");
         assert_eq!(error.kind(), ErrorKind::Mismatch, "{pattern}: {error}");
         assert!(error.to_string().contains(named), "{error}");
     }
     let error = transport.subscribe(spec(&["fits.a.*", "fits.*.b"], Ordering::None)).await.err().expect("refused");
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-    transport.subscribe(spec(&["fits.a"], Ordering::None)).await.expect("it is found by its subject");
+    let both = spec(&["fits.a", "fits.b.>", "other.a"], Ordering::None);
+    transport.subscribe(both).await.expect("streams are found by their subjects, and each is read");
 }
 
 #[tokio::test]
