@@ -275,8 +275,10 @@ impl Catalog {
             partly = Some(stream);
         }
         if let Some(stream) = partly {
-            let why =
-                format!("a stream holds only a part of `{subject}`; what the rest is published to would never arrive");
+            let why = format!(
+                "a stream holds only a part of `{subject}`, and what is published to the rest would never arrive; subscribe to a \
+                 pattern for each stream"
+            );
             return Err(error(ErrorKind::Mismatch, why).with_context("stream", stream.name));
         }
         if !create {
