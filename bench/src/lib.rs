@@ -9,6 +9,7 @@ pub mod event;
 pub mod measure;
 pub mod memory;
 pub mod nats;
+pub mod rabbitmq;
 pub mod report;
 pub mod scenario;
 

@@ -105,6 +105,9 @@ impl RabbitMqTransport {
         if config.allow_plaintext && !config.tls {
             tracing::warn!("rabbitmq: the connection is not encrypted, as configured");
         }
+        if tracing::enabled!(target: "lapin::io_loop", tracing::Level::TRACE) {
+            tracing::warn!("rabbitmq: credentials are logged, by the client at TRACE; filter `lapin=debug`");
+        }
         let (config, events) = (Arc::new(config), Events::default());
         let outages = Outages::new(&events);
         let publishing = Link::connect(&config, "publishing", &outages).await.map_err(about)?;
