@@ -8,6 +8,7 @@ kafka_log4j_version=2.25.1
 kafka_port=${TIDINGS_TEST_KAFKA_PORT:-17092}
 kafka_controller_port=${TIDINGS_TEST_KAFKA_CONTROLLER_PORT:-17093}
 kafka_heap=${TIDINGS_TEST_KAFKA_HEAP:-512m}
+kafka_jvm=${TIDINGS_TEST_KAFKA_JVM--XX:+UseSerialGC -XX:TieredStopAtLevel=1}
 
 kafka_url() { echo "kafka://127.0.0.1:$1"; }
 kafka_home() { echo "$cache/kafka-$kafka_version"; }
@@ -122,16 +123,17 @@ kafka_configure() {
 kafka_format() {
   local id
   id=$(head -c 16 /dev/urandom | base64 | tr '+/' 'AB')
-  "$1" -cp "$(kafka_home)/*" -Dlog4j2.configurationFile=log4j2.xml kafka.tools.StorageTool format \
+  "$1" "${options[@]}" -cp "$(kafka_home)/*" -Dlog4j2.configurationFile=log4j2.xml kafka.tools.StorageTool format \
     --cluster-id "${id%==}" --config server.properties >>log 2>&1
 }
 
 kafka_start() {
-  local java
+  local java options
+  read -ra options <<<"$kafka_jvm"
   java=$(kafka_java)
   kafka_configure
   [[ -e data/meta.properties ]] || kafka_format "$java" || fail_start kafka "could not format its data folder"
   mkdir -p tmp
-  launch "$java" -Xms128m "-Xmx$kafka_heap" -cp "$(kafka_home)/*" -Djava.io.tmpdir="$PWD/tmp" \
+  launch "$java" "${options[@]}" -Xms128m "-Xmx$kafka_heap" -cp "$(kafka_home)/*" -Djava.io.tmpdir="$PWD/tmp" \
     -Dlog4j2.configurationFile=log4j2.xml kafka.Kafka server.properties
 }
