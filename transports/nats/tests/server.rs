@@ -156,7 +156,7 @@ async fn credentials_are_checked() {
 }
 
 /// A JWT as the server's tools write it: by `issuer`, about `subject`.
-fn jwt(issuer: &nkeys::KeyPair, subject: &str, nats: serde_json::Value) -> String {
+fn jwt(issuer: &nkeys::KeyPair, subject: &str, nats: &serde_json::Value) -> String {
     let encode = |text: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
     let claims = serde_json::json!({ "jti": subject, "iat": 1, "iss": issuer.public_key(), "name": "test", "sub": subject, "nats": nats });
     let signed =
@@ -169,7 +169,7 @@ fn credentials(account: &nkeys::KeyPair, user: &nkeys::KeyPair) -> String {
     let jwt = jwt(
         account,
         &user.public_key(),
-        serde_json::json!({ "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 }),
+        &serde_json::json!({ "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 }),
     );
     let seed = user.seed().unwrap();
     format!(
@@ -185,9 +185,9 @@ async fn a_credentials_file_is_checked() {
     let limits = serde_json::json!({ "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "conn": -1,
         "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1, "wildcards": true });
     let about = |kind: &str, key: &nkeys::KeyPair| {
-        jwt(&operator, &key.public_key(), serde_json::json!({ "type": kind, "version": 2, "limits": limits }))
+        jwt(&operator, &key.public_key(), &serde_json::json!({ "type": kind, "version": 2, "limits": limits }))
     };
-    let unlimited = jwt(&operator, &system.public_key(), serde_json::json!({ "type": "account", "version": 2 }));
+    let unlimited = jwt(&operator, &system.public_key(), &serde_json::json!({ "type": "account", "version": 2 }));
     let server = Server::with_streams(&format!(
         "operator: {}\nresolver: MEMORY\nsystem_account: {}\nresolver_preload: {{ {}: {unlimited}, {}: {} }}",
         about("operator", &operator),
