@@ -126,7 +126,7 @@ fn transport(batch: usize) -> Result<Work> {
     let topic = Topic::new(Plain::TOPIC)?;
     let message = Message::new(MessageId::new(std::time::SystemTime::now()), "/count", Plain::NAME, topic.clone())
         .with_payload("text/plain", vec![b'x'; 256]);
-    let outgoing = vec![(Destination::Topic(topic), message, None, false); batch];
+    let outgoing = vec![(Destination::Topic(topic), Arc::new(message), None, false); batch];
     let mut polled = Polled::default();
     Ok(Box::new(move |count| {
         runtime.block_on(async {

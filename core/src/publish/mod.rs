@@ -27,7 +27,7 @@ const LANDED: usize = 64;
 #[derive(Clone, Debug)]
 pub(crate) struct Post {
     pub(crate) destination: Destination,
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     pub(crate) delay: Option<Duration>,
 }
 
@@ -206,14 +206,14 @@ impl Sender {
             return Submitted(None);
         }
         let landed = self.landed.lock().pop();
-        let flight = Flight::take_off(landed, posts.len(), Arc::clone(window), passes.clone());
+        let flight = Flight::take_off(landed, posts.len(), Some(Arc::clone(window)), passes.clone());
         if let Some(linger) = self.linger.as_ref().filter(|_| !terms.owed) {
             linger.add(posts.iter().zip(0..).map(|(post, index)| (post.clone(), flight.receipt(index))));
             return Submitted(Some(flight));
         }
         self.publisher.submit(&mut posts.iter().zip(0..).map(|(post, index)| Outgoing {
             destination: post.destination.clone(),
-            message: &post.message,
+            message: Arc::clone(&post.message),
             delay: post.delay,
             owed: terms.owed,
             receipt: flight.receipt(index),
@@ -279,7 +279,7 @@ async fn enter_all(gate: &Arc<Gate>, keys: BTreeSet<(crate::Topic, crate::Key)>)
 pub(crate) fn repeat_of(post: &Post, failure: &PublishFailure, round: u32) -> Post {
     let mut copy = post.clone();
     if failure.fate == Fate::PossiblyPersisted {
-        copy.message.headers.set(header::REPEAT, round.to_string());
+        Arc::make_mut(&mut copy.message).headers.set(header::REPEAT, round.to_string());
     }
     copy
 }

@@ -156,7 +156,7 @@ impl Worker {
             check_size(message, max)?;
             return start(&[message], &cx);
         }
-        let messages: Vec<_> = std::iter::once(&run.first).chain(&run.more).map(|job| &job.delivery.message).collect();
+        let messages: Vec<_> = std::iter::once(&run.first).chain(&run.more).map(|job| &*job.delivery.message).collect();
         messages.iter().try_for_each(|message| check_size(message, max))?;
         start(&messages, &cx)
     }
@@ -167,7 +167,7 @@ impl Worker {
         let jobs = std::iter::once(&run.first).chain(&run.more);
         Request {
             subscription: self.subscribed.name.clone(),
-            messages: jobs.map(|job| job.delivery.message.clone()).collect(),
+            messages: jobs.map(|job| Arc::clone(&job.delivery.message)).collect(),
             attempt: run.first.failures.attempts + 1,
             run: Box::pin(async move { future.await.into_outcome(&mut outputs).map(|()| outputs) }),
         }
@@ -242,7 +242,7 @@ impl Worker {
             self.outputs.messages.clear();
             self.outputs.messages.extend(outputs.by_ref().take(end - start));
             start = end;
-            let Message { topic, key, .. } = &job.delivery.message;
+            let Message { topic, key, .. } = &*job.delivery.message;
             let lane = key.as_ref().filter(|_| self.subscribed.keeps_order).map(|key| (topic.clone(), key.clone()));
             if lane.as_ref().is_some_and(|lane| waiting.contains(lane)) {
                 behind.push(job);

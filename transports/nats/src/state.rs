@@ -760,7 +760,7 @@ fn deliver(source: &Source, held: &Held, mode: Mode, names: &crate::names::Names
     let origin =
         wire::Origin { topic: names.topic_of(&held.raw.subject), stream: &source.stream, position: held.position };
     Delivery {
-        message: wire::decode(held.raw.headers.as_ref(), &held.raw.payload, &origin),
+        message: wire::decode(held.raw.headers.as_ref(), &held.raw.payload, &origin).into(),
         position: held.position,
         slot: source.number,
         redelivered: held.redelivered,
