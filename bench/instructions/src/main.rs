@@ -7,14 +7,14 @@ mod recorded;
 mod scenarios;
 
 use recorded::Cost;
-use scenarios::Scenario;
 use std::process::{Command, ExitCode};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 type Result<T, E = BoxError> = std::result::Result<T, E>;
 
-const USAGE: &str = "tidings-instructions [--write | --run SCENARIO]
-    compares with what is recorded, and fails if anything has grown; --write records; --run runs one scenario alone, to profile it";
+const USAGE: &str = "tidings-instructions [--write | --scale | --run SCENARIO]
+    compares with what is recorded, and fails if anything has grown; --write records; --scale writes docs/benchmarks/scale.md;
+    --run runs one scenario alone, to profile it";
 
 /// Until rooms that are reused have grown, and caches are full.
 const WARM_UP: u64 = 10_240;
@@ -25,7 +25,8 @@ fn main() -> Result<ExitCode> {
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => compare(),
         ["--write"] => recorded::write(&costs()?).map(|()| ExitCode::SUCCESS),
-        ["--run", name] => run(scenarios::named(name).ok_or_else(|| format!("no scenario `{name}`"))?),
+        ["--scale"] => recorded::write_scale(&scales()?).map(|()| ExitCode::SUCCESS),
+        ["--run", name] => run(name),
         _ => Err(format!("usage: {USAGE}").into()),
     }
 }
@@ -44,35 +45,44 @@ fn costs() -> Result<Vec<Cost>> {
     }
     scenarios::ALL
         .iter()
-        .map(|scenario| {
-            let instructions = if valgrind { Some(instructions(scenario)?) } else { None };
-            Ok(Cost { name: scenario.name.into(), instructions, allocations: allocations(scenario)? })
+        .map(|(name, _)| {
+            let instructions = if valgrind { Some(instructions(name)?) } else { None };
+            Ok(Cost { name: (*name).into(), instructions, allocations: allocations(name)? })
         })
         .collect()
 }
 
-fn allocations(scenario: &Scenario) -> Result<f64> {
-    let mut work = (scenario.prepare)(WARM_UP + COUNT)?;
+/// For each scale how many there were of what grows, and what one message cost.
+fn scales() -> Result<Vec<(&'static str, Vec<(usize, f64)>)>> {
+    let at = |what: &str, many: usize| Ok((many, instructions(&format!("{what}/{many}"))?));
+    scenarios::SCALES
+        .iter()
+        .map(|(what, manys, _)| Ok((*what, manys.iter().map(|many| at(what, *many)).collect::<Result<_>>()?)))
+        .collect()
+}
+
+fn allocations(name: &str) -> Result<f64> {
+    let mut work = scenarios::prepare(name, WARM_UP + COUNT)?;
     work(WARM_UP)?;
     let mut result = Ok(());
     let info = allocation_counter::measure(|| result = measured(&mut work, COUNT));
     result.map(|()| info.count_total as f64 / COUNT as f64)
 }
 
-fn instructions(scenario: &Scenario) -> Result<f64> {
+fn instructions(name: &str) -> Result<f64> {
     let mut valgrind = Command::new("valgrind");
     valgrind.args(["--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=*measured*"]);
-    let out = valgrind.arg(std::env::current_exe()?).args(["--run", scenario.name]).output()?;
+    let out = valgrind.arg(std::env::current_exe()?).args(["--run", name]).output()?;
     let said = String::from_utf8_lossy(&out.stderr);
     let collected = said.lines().find_map(|line| line.split_once("Collected :")).map(|(_, count)| count.trim());
     match collected.and_then(|count| count.parse::<f64>().ok()) {
         Some(collected) if out.status.success() && collected > 0.0 => Ok(collected / COUNT as f64),
-        _ => Err(format!("valgrind counted nothing in `{}`: {said}", scenario.name).into()),
+        _ => Err(format!("valgrind counted nothing in `{name}`: {said}").into()),
     }
 }
 
-fn run(scenario: &Scenario) -> Result<ExitCode> {
-    let mut work = (scenario.prepare)(WARM_UP + COUNT)?;
+fn run(name: &str) -> Result<ExitCode> {
+    let mut work = scenarios::prepare(name, WARM_UP + COUNT)?;
     work(WARM_UP)?;
     measured(&mut work, COUNT)?;
     Ok(ExitCode::SUCCESS)

@@ -35,6 +35,27 @@ pub(crate) fn write(costs: &[Cost]) -> Result<()> {
     Ok(std::fs::write(path(), text)?)
 }
 
+const SCALE: &str = "# Measured: how the cost of a message grows
+
+Written by `scripts/instructions --scale`: instructions for one message on memory, in one thread, by valgrind; they do not depend on the load
+of the machine. Allocating, hashing and walking show here; what caches miss does not.
+";
+
+/// A table of what grows, and by how much the cost does.
+pub(crate) fn write_scale(scales: &[(&str, Vec<(usize, f64)>)]) -> Result<()> {
+    let mut text = SCALE.to_owned();
+    for (what, costs) in scales {
+        let least = costs.iter().map(|(_, cost)| *cost).fold(f64::INFINITY, f64::min);
+        writeln!(text, "\n| {what} | instructions | to the least |\n|--:|--:|--:|")?;
+        for (many, cost) in costs {
+            writeln!(text, "| {many} | {cost:.0} | {:.2} |", cost / least)?;
+        }
+    }
+    print!("{text}");
+    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../../docs/benchmarks/scale.md"].iter().collect();
+    Ok(std::fs::write(path, text)?)
+}
+
 pub(crate) fn read() -> Result<Vec<Cost>> {
     let text = std::fs::read_to_string(path())?;
     text.lines().filter(|line| !line.starts_with('#')).map(parse).collect()

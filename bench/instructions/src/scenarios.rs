@@ -9,7 +9,8 @@ use tidings::handler::State;
 use tidings::memory::MemoryConfig;
 use tidings::prelude::*;
 use tidings::transport::{
-    Destination, Ordering, Polled, Start, Subscription, SubscriptionSpec, TopicSpec, Topology, submit_and_wait,
+    Destination, Ordering, Polled, Publisher, Start, Subscription, SubscriptionSpec, TopicSpec, Topology,
+    submit_and_wait,
 };
 use tidings::{Message, MessageId, SubscriptionConfig, SubscriptionName, Topic};
 use tokio::runtime::{Builder, Runtime};
@@ -18,31 +19,44 @@ use tokio::sync::{Notify, mpsc};
 /// Does so many messages more.
 pub(crate) type Work = Box<dyn FnMut(u64) -> Result<()>>;
 
-pub(crate) struct Scenario {
-    pub(crate) name: &'static str,
-    /// Makes ready what so many messages need.
-    pub(crate) prepare: fn(u64) -> Result<Work>,
-}
+/// Makes ready what so many messages need.
+type Prepare = fn(u64, usize) -> Result<Work>;
 
-pub(crate) const ALL: &[Scenario] = &[
+/// Names and what they count.
+pub(crate) const ALL: &[(&str, Prepare)] = &[
     // What the others are compared with: a bounded channel of tokio, and a counter of acks.
-    Scenario { name: "channel", prepare: channel },
+    ("channel", |_, _| channel()),
     // `Publisher::submit`, `Subscription::poll_batch`, `Acker::ack`: 256 bytes, one message after another.
-    Scenario { name: "transport", prepare: |_| transport(1) },
-    Scenario { name: "transport-128", prepare: |_| transport(128) },
+    ("transport", |_, _| transport(1)),
+    ("transport-128", |_, _| transport(128)),
     // `Bus::publish` of a small struct as JSON; memory stores it and gives up the oldest.
-    Scenario { name: "publish", prepare: |_| publish(plain) },
-    Scenario { name: "publish-keyed", prepare: |_| publish(keyed) },
-    Scenario { name: "publish-all", prepare: |_| publish_all() },
+    ("publish", |_, _| publish(plain)),
+    ("publish-keyed", |_, _| publish(keyed)),
+    ("publish-all", |_, _| publish_all()),
     // A handler that takes it, of what is there already.
-    Scenario { name: "handle", prepare: |total| handle(total, plain) },
-    Scenario { name: "handle-keyed", prepare: |total| handle(total, keyed) },
+    ("handle", |total, _| handle(total, plain, 16)),
+    ("handle-keyed", |total, _| handle(total, keyed, 16)),
     // One handler that returns an event for each event, and another that takes that.
-    Scenario { name: "handle-return", prepare: handle_and_return },
+    ("handle-return", |total, _| handle_and_return(total)),
 ];
 
-pub(crate) fn named(name: &str) -> Option<&'static Scenario> {
-    ALL.iter().find(|scenario| scenario.name == name)
+/// What grows, how far, and what is counted: each message, delivery or event costs the same if it scales.
+pub(crate) const SCALES: &[(&str, &[usize], Prepare)] = &[
+    ("topics published to in turn", &[1, 10, 100, 1_000, 10_000], |_, topics| many_topics(topics)),
+    ("subscriptions of one topic, for each delivery", &[1, 10, 100, 1_000], |_, many| many_subscriptions(many)),
+    ("events that wait, read and acked", &[1_000, 10_000, 100_000, 1_000_000], |_, events| backlog(events)),
+    ("workers of a handler", &[1, 4, 16, 64, 256], |total, workers| handle(total, plain, workers)),
+    ("workers of a handler by key", &[1, 4, 16, 64, 256], |total, workers| handle(total, keyed, workers)),
+];
+
+/// The work of a scenario, or of `what/how-many` of a scale, for `total` messages.
+pub(crate) fn prepare(name: &str, total: u64) -> Result<Work> {
+    if let Some((_, prepare)) = ALL.iter().find(|(known, _)| *known == name) {
+        return prepare(total, 1);
+    }
+    let (what, many) = name.split_once('/').ok_or_else(|| format!("no scenario `{name}`"))?;
+    let scale = SCALES.iter().find(|(known, ..)| *known == what).ok_or_else(|| format!("no scale `{what}`"))?;
+    scale.2(total, many.parse()?)
 }
 
 #[derive(Clone, Copy, Debug, Event, Serialize, Deserialize)]
@@ -79,7 +93,7 @@ async fn bus(retain: usize) -> Result<Bus> {
     Ok(Bus::connect(config).await?)
 }
 
-fn channel(_: u64) -> Result<Work> {
+fn channel() -> Result<Work> {
     let runtime = runtime()?;
     let payload = Bytes::from(vec![b'x'; 256]);
     let acked = Arc::new(AtomicU64::new(0));
@@ -102,9 +116,9 @@ fn channel(_: u64) -> Result<Work> {
     }))
 }
 
-async fn subscribed<E: Event>(bus: &Bus) -> Result<Box<dyn Subscription>> {
+async fn subscribed<E: Event>(bus: &Bus, number: usize) -> Result<Box<dyn Subscription>> {
     let spec = SubscriptionSpec {
-        name: SubscriptionName::new("count.transport")?,
+        name: SubscriptionName::new(format!("count.transport-{number}"))?,
         topics: vec![Topic::new(E::TOPIC)?.into()],
         ordering: Ordering::None,
         start: Start::New,
@@ -114,35 +128,116 @@ async fn subscribed<E: Event>(bus: &Bus) -> Result<Box<dyn Subscription>> {
     Ok(bus.transport().subscribe(spec).await?)
 }
 
+type Post = (Destination, Arc<Message>, Option<std::time::Duration>, bool);
+
+/// 256 bytes on their way to a topic.
+fn post(topic: &str) -> Result<Post> {
+    let topic = Topic::new(topic)?;
+    let id = MessageId::new(std::time::SystemTime::now());
+    let message = Message::new(id, "/count", Plain::NAME, topic.clone()).with_payload("text/plain", vec![b'x'; 256]);
+    Ok((Destination::Topic(topic), Arc::new(message), None, false))
+}
+
+async fn submit(publisher: &dyn Publisher, posts: &[Post]) -> Result<()> {
+    let failed = submit_and_wait(publisher, posts).await;
+    if failed.is_empty() { Ok(()) } else { Err(format!("{failed:?}").into()) }
+}
+
+/// Reads what there is, 128 at a time at the most, and settles it.
+async fn settle(subscription: &mut Box<dyn Subscription>, polled: &mut Polled) -> Result<usize> {
+    poll_fn(|cx| subscription.poll_batch(cx, 128, polled)).await?;
+    let count = polled.deliveries.len();
+    polled.notices.clear();
+    polled.deliveries.drain(..).for_each(|delivery| delivery.acker.ack());
+    Ok(count)
+}
+
 /// Published in batches; read and settled until there is nothing, as a task does that has this one beside it.
 fn transport(batch: usize) -> Result<Work> {
     let runtime = runtime()?;
     let (bus, mut subscription) = runtime.block_on(async {
         let bus = bus(1024 * 1024).await?;
-        let subscription = subscribed::<Plain>(&bus).await?;
+        let subscription = subscribed::<Plain>(&bus, 0).await?;
         Ok::<_, BoxError>((bus, subscription))
     })?;
-    let publisher = bus.transport().publisher();
-    let topic = Topic::new(Plain::TOPIC)?;
-    let message = Message::new(MessageId::new(std::time::SystemTime::now()), "/count", Plain::NAME, topic.clone())
-        .with_payload("text/plain", vec![b'x'; 256]);
-    let outgoing = vec![(Destination::Topic(topic), Arc::new(message), None, false); batch];
+    let (publisher, outgoing) = (bus.transport().publisher(), vec![post(Plain::TOPIC)?; batch]);
     let mut polled = Polled::default();
     Ok(Box::new(move |count| {
         runtime.block_on(async {
             let mut open = 0;
             for sent in (0..count).step_by(batch) {
-                let failed = submit_and_wait(&*publisher, &outgoing).await;
+                submit(&*publisher, &outgoing).await?;
                 open += batch;
-                if !failed.is_empty() {
-                    return Err(format!("{failed:?}").into());
-                }
                 while open >= 512.max(batch) || (open > 0 && sent + batch as u64 >= count) {
-                    poll_fn(|cx| subscription.poll_batch(cx, 128, &mut polled)).await?;
-                    open -= polled.deliveries.len();
-                    polled.notices.clear();
-                    polled.deliveries.drain(..).for_each(|delivery| delivery.acker.ack());
+                    open -= settle(&mut subscription, &mut polled).await?;
                 }
+            }
+            Ok(())
+        })
+    }))
+}
+
+fn many_topics(topics: usize) -> Result<Work> {
+    let (runtime, mut next) = (runtime()?, 0);
+    let bus = runtime.block_on(bus(1024 * 1024))?;
+    let publisher = bus.transport().publisher();
+    let posts = (0..topics).map(|number| post(&format!("count.topic-{number}"))).collect::<Result<Vec<_>>>()?;
+    Ok(Box::new(move |count| {
+        runtime.block_on(async {
+            for _ in 0..count {
+                submit(&*publisher, &posts[next..=next]).await?;
+                next = (next + 1) % posts.len();
+            }
+            Ok(())
+        })
+    }))
+}
+
+/// Each message is read by all of so many; what is counted is deliveries.
+fn many_subscriptions(many: usize) -> Result<Work> {
+    let (runtime, mut subscriptions, mut polled) = (runtime()?, Vec::new(), Polled::default());
+    let bus = runtime.block_on(bus(1024 * 1024))?;
+    for number in 0..many {
+        subscriptions.push(runtime.block_on(subscribed::<Plain>(&bus, number))?);
+    }
+    let (publisher, posts) = (bus.transport().publisher(), vec![post(Plain::TOPIC)?; 10]);
+    Ok(Box::new(move |count| {
+        runtime.block_on(async {
+            let mut left = count as usize;
+            while left > 0 {
+                submit(&*publisher, &posts).await?;
+                for subscription in &mut subscriptions {
+                    let mut open = posts.len();
+                    while open > 0 {
+                        open -= settle(subscription, &mut polled).await?;
+                    }
+                    left = left.saturating_sub(posts.len());
+                }
+            }
+            Ok(())
+        })
+    }))
+}
+
+/// So many wait, and are not less meanwhile.
+fn backlog(events: usize) -> Result<Work> {
+    let (runtime, mut polled) = (runtime()?, Polled::default());
+    let bus = runtime.block_on(bus(1024 * 1024))?;
+    let mut subscription = runtime.block_on(subscribed::<Plain>(&bus, 0))?;
+    let (publisher, posts) = (bus.transport().publisher(), vec![post(Plain::TOPIC)?; 64]);
+    for _ in 0..events.div_ceil(posts.len()) {
+        runtime.block_on(submit(&*publisher, &posts))?;
+    }
+    Ok(Box::new(move |count| {
+        runtime.block_on(async {
+            let mut left = count as usize;
+            while left > 0 {
+                submit(&*publisher, &posts).await?;
+                let mut open = posts.len();
+                while open > 0 {
+                    open = open.saturating_sub(settle(&mut subscription, &mut polled).await?);
+                }
+                left = left.saturating_sub(posts.len());
             }
             Ok(())
         })
@@ -222,10 +317,10 @@ fn work(runtime: Arc<Runtime>, service: Service, bus: &Bus, handled: Arc<Handled
     }))
 }
 
-fn handle<E: Event + Sync>(total: u64, event: fn(u64) -> E) -> Result<Work> {
+fn handle<E: Event + Sync>(total: u64, event: fn(u64) -> E, workers: usize) -> Result<Work> {
     let (runtime, seen) = (runtime()?, Arc::new(Handled::default()));
     let bus = runtime.block_on(filled(total, event))?;
-    let config = SubscriptionConfig::default().start(Start::Beginning);
+    let config = SubscriptionConfig::default().start(Start::Beginning).concurrency(workers);
     let service = Service::new("count").state(Arc::clone(&seen)).on_with(config, handled::<E>);
     work(runtime, service, &bus, seen)
 }

@@ -84,7 +84,7 @@ pub(crate) struct Flight {
     /// Each answer gives one permit of the window back, if there is one.
     window: Option<Arc<Semaphore>>,
     /// The keys of these messages stay closed until all have been answered, even if nobody waits any more.
-    passes: Option<Arc<Vec<Pass>>>,
+    passes: Option<Arc<[Pass]>>,
 }
 
 struct State {
@@ -100,7 +100,7 @@ impl Flight {
     pub(crate) const MAX: usize = 64;
 
     /// A flight of `count` messages, each of which holds one permit of `window`.
-    pub(crate) fn new(count: usize, window: Option<Arc<Semaphore>>, passes: Option<Arc<Vec<Pass>>>) -> Arc<Self> {
+    pub(crate) fn new(count: usize, window: Option<Arc<Semaphore>>, passes: Option<Arc<[Pass]>>) -> Arc<Self> {
         debug_assert!((1..=Self::MAX).contains(&count));
         let unanswered = u64::MAX >> (Self::MAX - count);
         let state = State { unanswered, abandoned: false, failures: Vec::new(), waker: None };
@@ -112,7 +112,7 @@ impl Flight {
         landed: Option<Arc<Self>>,
         count: usize,
         window: Option<Arc<Semaphore>>,
-        passes: Option<Arc<Vec<Pass>>>,
+        passes: Option<Arc<[Pass]>>,
     ) -> Arc<Self> {
         let Some(mut flight) = landed else { return Self::new(count, window, passes) };
         let Some(this) = Arc::get_mut(&mut flight) else { return Self::new(count, window, passes) };

@@ -3,7 +3,8 @@
 use crate::settle::{NatsSettle, Op, Writer};
 use crate::wire;
 use async_nats::{Message as Raw, Subject};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::task::Waker;
