@@ -10,6 +10,9 @@ pub(crate) fn feature_of(content_type: &str) -> Option<&'static str> {
 
 /// `application/json`, `text/json`, and whatever says by its suffix that it is JSON (RFC 6839).
 pub(crate) fn is_json(content_type: &str) -> bool {
+    if content_type == "application/json" {
+        return true;
+    }
     let media_type = media_type(content_type);
     is_one_of(media_type, &["application/json", "text/json"]) || has_json_suffix(media_type)
 }

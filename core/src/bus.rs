@@ -167,7 +167,7 @@ impl Bus {
     pub async fn publish<E: Event>(&self, event: &E) -> Result<MessageId> {
         let post = self.prepare(event, PublishOptions::default())?;
         self.publish_post(&post).await?;
-        Ok(post.message.id)
+        Ok(post.message.id.clone())
     }
 
     /// Publishes an event with an id, headers, a time or a delay of your own.
@@ -181,7 +181,7 @@ impl Bus {
     pub async fn publish_with<E: Event>(&self, event: &E, options: PublishOptions) -> Result<MessageId> {
         let post = self.prepare(event, options)?;
         self.publish_post(&post).await?;
-        Ok(post.message.id)
+        Ok(post.message.id.clone())
     }
 
     /// Not async, so that the future that is awaited holds the message once.
@@ -221,7 +221,7 @@ impl Bus {
         let posts = encoded.collect::<Result<Vec<_>, _>>()?;
         let failures = self.send(&posts, self.terms(false)).await;
         if failures.is_empty() {
-            return Ok(posts.into_iter().map(|post| post.message.id).collect());
+            return Ok(posts.iter().map(|post| post.message.id.clone()).collect());
         }
         Err(PublishErrors { sent: posts.len(), failures })
     }
@@ -236,7 +236,7 @@ impl Bus {
     pub async fn publish_raw(&self, message: Message) -> Result<MessageId> {
         let post = self.post(message, None, self.0.clock.now())?;
         self.publish_post(&post).await?;
-        Ok(post.message.id)
+        Ok(post.message.id.clone())
     }
 
     async fn publish_post(&self, post: &Post) -> Result<()> {
@@ -258,7 +258,8 @@ impl Bus {
         }
         message.time.get_or_insert(now);
         message.recorded_time.get_or_insert(now);
-        Ok(Post { destination: Destination::Topic(message.topic.clone()), message, delay })
+        let destination = Destination::Topic(message.topic.clone());
+        Ok(Post { destination, message: Arc::new(message), delay })
     }
 
     /// Sends posts and returns what was not confirmed.

@@ -45,6 +45,14 @@ impl MessageId {
         Self(Repr::Uuid(uuid::Builder::from_custom_bytes(bytes).into_uuid()))
     }
 
+    /// Not empty, and without control characters.
+    pub(crate) fn is_plain(&self) -> bool {
+        match &self.0 {
+            Repr::Uuid(_) => true,
+            Repr::Text(text) => crate::message::is_plain(text),
+        }
+    }
+
     /// Calls `f` with the id as text, without allocating.
     pub fn with_str<R>(&self, f: impl FnOnce(&str) -> R) -> R {
         match &self.0 {

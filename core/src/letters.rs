@@ -332,7 +332,7 @@ impl DeadLetterBox {
             message.headers.remove(name);
         }
         message.headers.set(header::REDRIVEN, to_rfc3339(now));
-        Post { destination: Destination::Subscription(self.name.clone()), message, delay: None }
+        Post { destination: Destination::Subscription(self.name.clone()), message: message.into(), delay: None }
     }
 
     fn about(&self, error: Error, operation: &'static str) -> Error {

@@ -22,6 +22,7 @@ mod retry;
 mod secret;
 mod service;
 mod text;
+mod time;
 mod topic;
 pub mod transport;
 

@@ -29,7 +29,15 @@ impl Topic {
     /// # Errors
     /// [`ErrorKind::InvalidName`] for an empty, too long or malformed name.
     pub fn new(name: impl Into<Text>) -> Result<Self> {
-        check("topic", name.into(), is_token).map(Self)
+        check("topic", name.into(), is_name).map(Self)
+    }
+
+    /// The topic of an event, whose name the compiler has checked, if it is right.
+    pub(crate) fn of<E: crate::Event>() -> Result<Self> {
+        if const { is_name(E::TOPIC) && E::TOPIC.len() <= MAX_NAME } {
+            return Ok(Self(Text::from_static(E::TOPIC)));
+        }
+        Self::new(Text::from_static(E::TOPIC))
     }
 
     /// The name as a string slice.
@@ -51,7 +59,7 @@ impl SubscriptionName {
     /// # Errors
     /// [`ErrorKind::InvalidName`] for an empty, too long or malformed name.
     pub fn new(name: impl Into<Text>) -> Result<Self> {
-        check("subscription", name.into(), is_token).map(Self)
+        check("subscription", name.into(), is_name).map(Self)
     }
 
     /// The name as a string slice.
@@ -74,7 +82,7 @@ impl TopicPattern {
     /// [`ErrorKind::InvalidName`] for a malformed pattern, a `>` that is not last, or a first
     /// token that is a wildcard (brokers find the stream by the first token).
     pub fn new(pattern: impl Into<Text>) -> Result<Self> {
-        let pattern = check("topic pattern", pattern.into(), |t| matches!(t, "*" | ">") || is_token(t))?;
+        let pattern = check("topic pattern", pattern.into(), is_pattern)?;
         let rest_in_the_middle = pattern.split('.').rev().skip(1).any(|t| t == ">");
         if rest_in_the_middle {
             return Err(invalid("topic pattern", &pattern, "`>` stands for the rest and must be the last token"));
@@ -157,15 +165,29 @@ impl fmt::Display for TopicPattern {
     }
 }
 
-fn is_token(token: &str) -> bool {
-    !token.is_empty() && token.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+/// Tokens joined by dots. It can be asked at compile time, as each publish does of its event's topic.
+const fn is_name(name: &str) -> bool {
+    let (bytes, mut after_dot, mut at) = (name.as_bytes(), true, 0);
+    while at < bytes.len() {
+        match bytes[at] {
+            b'.' if !after_dot => after_dot = true,
+            b'a'..=b'z' | b'0'..=b'9' | b'-' => after_dot = false,
+            _ => return false,
+        }
+        at += 1;
+    }
+    !after_dot
 }
 
-fn check(what: &'static str, name: Text, is_token: impl Fn(&str) -> bool) -> Result<Text> {
+fn is_pattern(pattern: &str) -> bool {
+    pattern.split('.').all(|token| matches!(token, "*" | ">") || is_name(token))
+}
+
+fn check(what: &'static str, name: Text, is_right: impl Fn(&str) -> bool) -> Result<Text> {
     if name.len() > MAX_NAME {
         return Err(invalid(what, &name, "it is longer than 200 bytes"));
     }
-    if name.split('.').all(is_token) {
+    if is_right(&name) {
         return Ok(name);
     }
     let why = if name.is_empty() {

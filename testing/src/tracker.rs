@@ -5,6 +5,7 @@ use crate::timeline::{self, End, Entry, Number, Published, Retried, Run, Sent, W
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tidings_core::handler::Request;
@@ -148,9 +149,9 @@ impl Tracker {
     }
 
     /// A message is about to be submitted: from now on those it goes to expect it.
-    pub(crate) fn submitting(&self, out: &Outgoing<'_>) -> Submitted {
+    pub(crate) fn submitting(&self, out: &Outgoing) -> Submitted {
         self.pull();
-        let (message, ident) = (out.message, Ident::of(out.message));
+        let (message, ident) = (&*out.message, Ident::of(&out.message));
         let mut state = self.state.lock();
         let expects = |name: &str, watched: &Watched| match &out.destination {
             Destination::Topic(topic) => watched.topics.iter().any(|pattern| pattern.matches(topic)),
@@ -178,7 +179,7 @@ impl Tracker {
         let entry = if aside {
             None
         } else {
-            let (to, message) = (out.destination.clone(), message.clone());
+            let (to, message) = (out.destination.clone(), Message::clone(message));
             let published = Published { to, message, number, cause, delay: out.delay, sent: Sent::Unconfirmed };
             state.record(self.elapsed(), What::Published(Box::new(published)))
         };
@@ -257,7 +258,7 @@ impl Tracker {
     pub(crate) fn began(&self, request: &Request) -> Option<usize> {
         self.pull();
         let mut state = self.state.lock();
-        let event = |message: &Message| (state.number(&message.source, &message.id), message.event_type.clone());
+        let event = |message: &Arc<Message>| (state.number(&message.source, &message.id), message.event_type.clone());
         let events: Vec<_> = request.messages.iter().map(event).collect();
         let numbers: Vec<_> = events.iter().map(|(number, _)| *number).collect();
         let (subscription, attempt) = (request.subscription.clone(), request.attempt);

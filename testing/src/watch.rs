@@ -13,7 +13,7 @@ use tidings_core::transport::{
     Acker, BoxFuture, Delivery, Destination, Outgoing, PublishFailure, Publisher, Receipt, Settlement, Subscription,
     SubscriptionSpec, Tag, submit_and_wait,
 };
-use tidings_core::{HandlerError, SubscriptionName, header};
+use tidings_core::{HandlerError, Message, SubscriptionName, header};
 
 /// Around the transport.
 pub(crate) struct Watch {
@@ -50,7 +50,7 @@ struct WatchedPublisher {
 }
 
 impl Publisher for WatchedPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         for out in batch.collect::<Vec<_>>() {
             let submitted = self.tracker.submitting(&out);
             let Outgoing { destination, message, delay, owed, receipt } = out;
@@ -84,7 +84,7 @@ struct WatchedSubscription {
 
 impl WatchedSubscription {
     fn duplicate(&self, delivery: &Delivery) {
-        let mut message = delivery.message.clone();
+        let mut message = Message::clone(&delivery.message);
         if message.headers.get(header::REPEAT).is_some() || !self.tracker.duplicates(self.name.as_str()) {
             return;
         }
@@ -158,7 +158,7 @@ impl tower_service::Service<Request> for WatchedRuns {
     fn call(&mut self, request: Request) -> Self::Future {
         let (tracker, inner) = (Arc::clone(&self.tracker), self.inner.clone());
         Box::pin(async move {
-            let messages = request.messages.iter().map(Ident::of).collect();
+            let messages = request.messages.iter().map(|message| Ident::of(message)).collect();
             let entry = tracker.began(&request);
             let mishap = tracker.mishap(&request);
             let mut going = Going { tracker, entry, messages, end: End::CutOff };

@@ -33,7 +33,7 @@ struct FarPublisher {
 }
 
 impl Publisher for FarPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         for Outgoing { destination, message, delay, owed, receipt } in batch.collect::<Vec<_>>() {
             let attempts = message.headers.get_str("tidings-attempts").unwrap_or_default();
             let new = self

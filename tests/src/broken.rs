@@ -161,7 +161,7 @@ struct BrokenPublisher {
 }
 
 impl Publisher for BrokenPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         match self.defect {
             Defect::SwallowsAPublishFailure => batch.for_each(|out| self.store(out, Duration::ZERO)),
             Defect::ConfirmsBeforeStoring => batch.for_each(|out| self.store(out, Duration::from_millis(50))),
@@ -173,7 +173,7 @@ impl Publisher for BrokenPublisher {
 
 impl BrokenPublisher {
     /// Confirms it, whatever becomes of it.
-    fn store(&self, out: Outgoing<'_>, later: Duration) {
+    fn store(&self, out: Outgoing, later: Duration) {
         if self.gone.load(SeqCst) {
             return self.inner.submit(&mut std::iter::once(out));
         }
@@ -192,22 +192,24 @@ impl BrokenPublisher {
         });
     }
 
-    fn send(&self, mut out: Outgoing<'_>) {
-        let mut message = out.message.clone();
+    fn send(&self, mut out: Outgoing) {
+        let mut message = Arc::clone(&out.message);
         match (self.defect, &out.destination) {
             (Defect::ForgetsTheDelay, _) => out.delay = out.delay.map(|_| Duration::ZERO),
             (Defect::DeliversEarly, _) => out.delay = out.delay.map(|delay| delay / 2),
             (Defect::ResetsAttempts, Destination::Subscription(_)) => {
-                message.headers.remove(header::ATTEMPTS);
+                Arc::make_mut(&mut message).headers.remove(header::ATTEMPTS);
             }
-            (Defect::DropsTheDeadLettersHeaders, Destination::DeadLetter(_)) => message.headers = Default::default(),
+            (Defect::DropsTheDeadLettersHeaders, Destination::DeadLetter(_)) => {
+                Arc::make_mut(&mut message).headers = Default::default();
+            }
             (Defect::SharesAddresses, Destination::Subscription(_)) if out.delay.is_none() => {
                 out.destination = Destination::Topic(message.topic.clone());
             }
             _ => {}
         }
         let Outgoing { destination, delay, owed, receipt, .. } = out;
-        self.inner.submit(&mut std::iter::once(Outgoing { destination, message: &message, delay, owed, receipt }));
+        self.inner.submit(&mut std::iter::once(Outgoing { destination, message, delay, owed, receipt }));
     }
 }
 
@@ -225,7 +227,7 @@ impl Intercept for BrokenSubscription {
             }
             Defect::UnmarkedDuplicate => delivery.redelivered = false,
             Defect::ReplaysUnmarked => delivery.replayed = false,
-            Defect::DropsHeaders => delivery.message.headers = Default::default(),
+            Defect::DropsHeaders => Arc::make_mut(&mut delivery.message).headers = Default::default(),
             Defect::GrowsWithoutBound => self.leaked.lock().push(delivery.message.payload.to_vec()),
             _ => {}
         }

@@ -87,13 +87,13 @@ struct FaultyPublisher(Arc<dyn Publisher>, Arc<AtomicBool>, Arc<Shared>);
 struct FaultyLetters(Arc<dyn DeadLetters>, Arc<AtomicBool>);
 
 impl FaultyPublisher {
-    fn pass<'a>(&self, out: Outgoing<'a>) -> Option<Outgoing<'a>> {
+    fn pass(&self, out: Outgoing) -> Option<Outgoing> {
         let mut faults = self.2.faults.lock().expect("no panic inside");
-        match faults.as_mut().and_then(|faults| faults(&out.destination, out.message)) {
+        match faults.as_mut().and_then(|faults| faults(&out.destination, &out.message)) {
             None => return Some(out),
             Some(Fault::Refuse(error)) => out.receipt.fail(Fate::NotPersisted, error),
             Some(Fault::LoseAnswer) => {
-                let copy = [(out.destination, out.message.clone(), out.delay, out.owed)];
+                let copy = [(out.destination, out.message, out.delay, out.owed)];
                 drop(submit_and_wait(&*self.0, &copy));
                 out.receipt.fail(Fate::PossiblyPersisted, Error::new(ErrorKind::Connection, "the answer is lost"));
             }
@@ -104,7 +104,7 @@ impl FaultyPublisher {
 }
 
 impl Publisher for FaultyPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         let refuses = self.1.load(SeqCst);
         // First all faults, because a fault may submit, and an iterator must not.
         let passed: Vec<_> = batch

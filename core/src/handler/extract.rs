@@ -5,6 +5,7 @@ use crate::service::lanes::Job;
 use crate::transport::{self, Watcher};
 use crate::{Bus, Error, ErrorKind, Headers, Message, Result};
 use bytes::Bytes;
+use foldhash::fast::RandomState;
 use std::any::{Any, TypeId, type_name};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -97,7 +98,7 @@ pub(crate) struct Scope {
 
 /// Values by type.
 #[derive(Default)]
-pub(crate) struct States(HashMap<TypeId, Box<dyn Any + Send + Sync>>);
+pub(crate) struct States(HashMap<TypeId, Box<dyn Any + Send + Sync>, RandomState>);
 
 impl States {
     pub(crate) fn insert<T: Any + Send + Sync>(&mut self, state: T) {

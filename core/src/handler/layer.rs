@@ -21,7 +21,7 @@ pub struct Request {
     /// The subscription.
     pub subscription: SubscriptionName,
     /// The messages: one, or those of a batch.
-    pub messages: Vec<Message>,
+    pub messages: Vec<Arc<Message>>,
     /// Which run for the first of them this is, from 1.
     pub attempt: u32,
     pub(crate) run: BoxFuture<Outcome>,

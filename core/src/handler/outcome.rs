@@ -56,7 +56,7 @@ impl Outputs {
 pub(crate) fn encode<E: Event>(event: &E, id: MessageId, source: Text, content_type: &Text) -> Result<Message> {
     let content_type = E::CONTENT_TYPE.map_or_else(|| content_type.clone(), Text::from_static);
     let payload = event.encode(&content_type)?;
-    let topic = Topic::new(Text::from_static(E::TOPIC))?;
+    let topic = Topic::of::<E>()?;
     let mut message = Message::new(id, source, Text::from_static(E::NAME), topic).with_payload(content_type, payload);
     message.version = E::VERSION;
     message.key = event.key();

@@ -81,10 +81,10 @@ impl fmt::Debug for Receipt {
 /// Up to 64 messages submitted together, waiting for their answers; one allocation for all of them.
 pub(crate) struct Flight {
     state: Mutex<State>,
-    /// Each answer gives one permit of the window back.
-    window: Arc<Semaphore>,
+    /// Each answer gives one permit of the window back, if there is one.
+    window: Option<Arc<Semaphore>>,
     /// The keys of these messages stay closed until all have been answered, even if nobody waits any more.
-    passes: Option<Arc<Vec<Pass>>>,
+    passes: Option<Arc<[Pass]>>,
 }
 
 struct State {
@@ -100,7 +100,7 @@ impl Flight {
     pub(crate) const MAX: usize = 64;
 
     /// A flight of `count` messages, each of which holds one permit of `window`.
-    pub(crate) fn new(count: usize, window: Arc<Semaphore>, passes: Option<Arc<Vec<Pass>>>) -> Arc<Self> {
+    pub(crate) fn new(count: usize, window: Option<Arc<Semaphore>>, passes: Option<Arc<[Pass]>>) -> Arc<Self> {
         debug_assert!((1..=Self::MAX).contains(&count));
         let unanswered = u64::MAX >> (Self::MAX - count);
         let state = State { unanswered, abandoned: false, failures: Vec::new(), waker: None };
@@ -111,8 +111,8 @@ impl Flight {
     pub(crate) fn take_off(
         landed: Option<Arc<Self>>,
         count: usize,
-        window: Arc<Semaphore>,
-        passes: Option<Arc<Vec<Pass>>>,
+        window: Option<Arc<Semaphore>>,
+        passes: Option<Arc<[Pass]>>,
     ) -> Arc<Self> {
         let Some(mut flight) = landed else { return Self::new(count, window, passes) };
         let Some(this) = Arc::get_mut(&mut flight) else { return Self::new(count, window, passes) };
@@ -161,7 +161,9 @@ impl Flight {
         state.failures.extend(failure.map(|failure| (index as usize, failure)));
         let waker = if state.unanswered == 0 { state.waker.take() } else { None };
         drop(state);
-        self.window.add_permits(1);
+        if let Some(window) = &self.window {
+            window.add_permits(1);
+        }
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -171,14 +173,14 @@ impl Flight {
 /// Submits up to 64 messages (where to, what, delay, owed) at once; the future resolves to the failures by index.
 ///
 /// For tests of transports and for tools. Dropping the future abandons what is unanswered.
-pub fn submit_and_wait(
+pub fn submit_and_wait<M: Clone + Into<Arc<Message>>>(
     publisher: &dyn Publisher,
-    batch: &[(Destination, Message, Option<Duration>, bool)],
-) -> impl Future<Output = Vec<(usize, PublishFailure)>> + Send + use<> {
-    let flight = Flight::new(batch.len(), Arc::new(Semaphore::new(0)), None);
+    batch: &[(Destination, M, Option<Duration>, bool)],
+) -> impl Future<Output = Vec<(usize, PublishFailure)>> + Send + use<M> {
+    let flight = Flight::new(batch.len(), None, None);
     publisher.submit(&mut batch.iter().zip(0..).map(|((destination, message, delay, owed), index)| Outgoing {
         destination: destination.clone(),
-        message,
+        message: message.clone().into(),
         delay: *delay,
         owed: *owed,
         receipt: flight.receipt(index),
@@ -209,7 +211,7 @@ mod tests {
     #[tokio::test]
     async fn names_by_index_what_failed_and_returns_each_permit() {
         let window = Arc::new(Semaphore::new(0));
-        let flight = Flight::new(3, Arc::clone(&window), None);
+        let flight = Flight::new(3, Some(Arc::clone(&window)), None);
         let [a, b, c] = [0, 1, 2].map(|index| flight.receipt(index));
         c.confirm();
         assert_eq!(window.available_permits(), 1);
@@ -223,7 +225,7 @@ mod tests {
 
     #[test]
     fn tells_the_transport_when_nobody_waits_and_the_caller_who_was_not_answered() {
-        let flight = Flight::new(64, Arc::new(Semaphore::new(0)), None);
+        let flight = Flight::new(64, None, None);
         let receipts: Vec<_> = (0..64).map(|index| flight.receipt(index)).collect();
         let mut rest = receipts.into_iter();
         rest.by_ref().take(62).for_each(Receipt::confirm);

@@ -1,8 +1,10 @@
 //! At most one unconfirmed publish per key, so that a repeat overtakes nothing.
 
 use crate::{Key, Topic};
+use foldhash::fast::RandomState;
 use parking_lot::Mutex;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::collections::hash_map::{Entry, HashMap};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
@@ -10,7 +12,7 @@ type Lane = (Topic, Key);
 
 /// Who may publish which key now; the others wait in line.
 #[derive(Default)]
-pub(crate) struct Gate(Mutex<HashMap<Lane, VecDeque<oneshot::Sender<Pass>>>>);
+pub(crate) struct Gate(Mutex<HashMap<Lane, VecDeque<oneshot::Sender<Pass>>, RandomState>>);
 
 /// The right to publish one key; dropped, it goes to the next in line.
 pub(crate) struct Pass {
@@ -19,20 +21,28 @@ pub(crate) struct Pass {
 }
 
 impl Gate {
+    /// Enters for one key, if nobody is in.
+    pub(crate) fn enter_now(self: &Arc<Self>, lane: &Lane) -> Option<Pass> {
+        match self.0.lock().entry(lane.clone()) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(free) => {
+                free.insert(VecDeque::new());
+                Some(Pass { gate: Arc::clone(self), lane: lane.clone() })
+            }
+        }
+    }
+
     /// Waits in line for one key.
     pub(crate) async fn enter(self: &Arc<Self>, lane: Lane) -> Pass {
-        let turn = {
-            let mut busy = self.0.lock();
-            match busy.get_mut(&lane) {
-                None => {
-                    busy.insert(lane.clone(), VecDeque::new());
-                    None
-                }
-                Some(line) => {
-                    let (sender, receiver) = oneshot::channel();
-                    line.push_back(sender);
-                    Some(receiver)
-                }
+        let turn = match self.0.lock().entry(lane.clone()) {
+            Entry::Vacant(free) => {
+                free.insert(VecDeque::new());
+                None
+            }
+            Entry::Occupied(mut line) => {
+                let (sender, receiver) = oneshot::channel();
+                line.get_mut().push_back(sender);
+                Some(receiver)
             }
         };
         match turn {

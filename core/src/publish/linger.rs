@@ -48,7 +48,7 @@ impl Linger {
             .collect();
         self.publisher.submit(&mut posts.iter().zip(answers).map(|(post, receipt)| Outgoing {
             destination: post.destination.clone(),
-            message: &post.message,
+            message: Arc::clone(&post.message),
             delay: post.delay,
             owed: false,
             receipt,
@@ -64,7 +64,6 @@ mod tests {
     use crate::{Message, Topic};
     use futures_util::FutureExt;
     use std::future::poll_fn;
-    use tokio::sync::Semaphore;
     use tokio::time::Instant;
 
     /// Confirms at once and notes the size of each batch.
@@ -72,7 +71,7 @@ mod tests {
     struct Batches(Mutex<Vec<usize>>);
 
     impl Publisher for Batches {
-        fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+        fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
             let count = batch.map(|outgoing| outgoing.receipt.confirm()).count();
             self.0.lock().push(count);
         }
@@ -84,9 +83,9 @@ mod tests {
         let linger = Linger::new(Arc::clone(&batches) as _, Duration::from_millis(5));
         let topic = Topic::new("t").unwrap();
         let message = Message::new("1".into(), "/s", "t", topic.clone());
-        let post = Post { destination: Destination::Topic(topic), message, delay: None };
+        let post = Post { destination: Destination::Topic(topic), message: Arc::new(message), delay: None };
         let add = |count: usize| {
-            let flight = Flight::new(count, Arc::new(Semaphore::new(0)), None);
+            let flight = Flight::new(count, None, None);
             linger.add((0..count as u32).map(|index| (post.clone(), flight.receipt(index))));
             flight
         };

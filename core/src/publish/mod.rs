@@ -4,6 +4,7 @@ pub(crate) mod flight;
 mod gate;
 mod linger;
 
+use crate::time::before;
 use crate::transport::{Destination, Fate, Outgoing, PublishFailure, Publisher};
 use crate::{Backoff, Error, ErrorKind, Message, header};
 use flight::Flight;
@@ -27,7 +28,7 @@ const LANDED: usize = 64;
 #[derive(Clone, Debug)]
 pub(crate) struct Post {
     pub(crate) destination: Destination,
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     pub(crate) delay: Option<Duration>,
 }
 
@@ -48,7 +49,7 @@ pub(crate) struct Load<'a> {
     posts: &'a [Post],
     terms: Terms,
     /// The keys that are closed to others meanwhile.
-    passes: Option<Arc<Vec<Pass>>>,
+    passes: Option<Arc<[Pass]>>,
 }
 
 impl<'a> Load<'a> {
@@ -92,7 +93,10 @@ impl Sender {
     pub(crate) async fn send(&self, load: &Load<'_>) -> Failures {
         let keyed = |post: &Post| post.message.key.is_some() && matches!(post.destination, Destination::Topic(_));
         match &self.gate {
-            Some(gate) if load.posts.iter().any(keyed) => Box::pin(self.send_by_key(gate, load)).await,
+            Some(gate) if load.posts.iter().any(keyed) => match enter_now(gate, load) {
+                Some(load) => self.send_again_and_again(&load).await,
+                None => Box::pin(self.send_by_key(gate, load)).await,
+            },
             Some(_) => self.send_again_and_again(load).await,
             // The transport repeats by itself.
             None => self.send_once(load).await,
@@ -109,7 +113,7 @@ impl Sender {
             let group = &posts[start..end];
             let passes = match keys.is_empty() {
                 true => Ok(None),
-                false => timeout_at(terms.deadline, enter_all(gate, keys)).await.map(|passes| Some(Arc::new(passes))),
+                false => timeout_at(terms.deadline, enter_all(gate, keys)).await.map(|passes| Some(passes.into())),
             };
             let failed = match passes {
                 Ok(passes) => self.send_again_and_again(&Load { posts: group, terms, passes }).await,
@@ -206,14 +210,14 @@ impl Sender {
             return Submitted(None);
         }
         let landed = self.landed.lock().pop();
-        let flight = Flight::take_off(landed, posts.len(), Arc::clone(window), passes.clone());
+        let flight = Flight::take_off(landed, posts.len(), Some(Arc::clone(window)), passes.clone());
         if let Some(linger) = self.linger.as_ref().filter(|_| !terms.owed) {
             linger.add(posts.iter().zip(0..).map(|(post, index)| (post.clone(), flight.receipt(index))));
             return Submitted(Some(flight));
         }
         self.publisher.submit(&mut posts.iter().zip(0..).map(|(post, index)| Outgoing {
             destination: post.destination.clone(),
-            message: &post.message,
+            message: Arc::clone(&post.message),
             delay: post.delay,
             owed: terms.owed,
             receipt: flight.receipt(index),
@@ -230,7 +234,8 @@ impl Submitted {
         let Some(flight) = &self.0 else {
             return posts.iter().map(|post| too_late(post, Fate::NotPersisted)).enumerate().collect();
         };
-        if let Ok(mut failures) = timeout_at(load.terms.deadline, poll_fn(|cx| flight.poll_answers(cx))).await {
+        let answers = before(|| load.terms.deadline, poll_fn(|cx| flight.poll_answers(cx)));
+        if let Some(mut failures) = answers.await {
             failures.sort_by_key(|(index, _)| *index);
             let flight = self.0.take().and_then(|mut flight| flight.land().then_some(flight));
             let mut landed = landed.lock();
@@ -266,6 +271,13 @@ fn distinct_keys(posts: &[Post], start: usize) -> (usize, BTreeSet<(crate::Topic
     (posts.len(), keys)
 }
 
+/// The load of one post, if its key is free, as it mostly is: that needs neither a timer nor a future of its own.
+fn enter_now<'a>(gate: &Arc<Gate>, load: &Load<'a>) -> Option<Load<'a>> {
+    let [Post { destination: Destination::Topic(topic), message, .. }] = load.posts else { return None };
+    let pass = gate.enter_now(&(topic.clone(), message.key.clone()?))?;
+    Some(Load { passes: Some(Arc::new([pass])), ..*load })
+}
+
 /// Enters in ascending order, so that two senders never wait for each other.
 async fn enter_all(gate: &Arc<Gate>, keys: BTreeSet<(crate::Topic, crate::Key)>) -> Vec<Pass> {
     let mut passes = Vec::with_capacity(keys.len());
@@ -279,7 +291,7 @@ async fn enter_all(gate: &Arc<Gate>, keys: BTreeSet<(crate::Topic, crate::Key)>)
 pub(crate) fn repeat_of(post: &Post, failure: &PublishFailure, round: u32) -> Post {
     let mut copy = post.clone();
     if failure.fate == Fate::PossiblyPersisted {
-        copy.message.headers.set(header::REPEAT, round.to_string());
+        Arc::make_mut(&mut copy.message).headers.set(header::REPEAT, round.to_string());
     }
     copy
 }

@@ -213,14 +213,14 @@ impl Worker {
 
     /// Sends a copy to the subscription's address; the original is acked when that is confirmed.
     async fn step_aside(&self, job: Job, delay: Duration, failure: Failure) {
-        let mut message = job.delivery.message.clone();
+        let mut message = Message::clone(&job.delivery.message);
         job.failures.write(&mut message);
         if job.possible_duplicate && message.headers.get(header::REPEAT).is_none() {
             // A copy like this one may be there already.
             message.headers.set(header::REPEAT, "1");
         }
         let destination = Destination::Subscription(self.subscribed.name.clone());
-        match self.owe(&[Post { destination, message, delay: Some(delay) }], false).await {
+        match self.owe(&[Post { destination, message: message.into(), delay: Some(delay) }], false).await {
             Ok(_) => {
                 self.tell_retry(&job, delay, failure);
                 self.subscribed.ack_replaced(job, false);
@@ -236,14 +236,15 @@ impl Worker {
     /// Publishes the dead letter, for as long as that takes; the original stays until it is confirmed.
     async fn dead_letter(&self, job: Job, reason: DeadLetterReason, failure: Failure) {
         let subscribed = &self.subscribed;
-        let mut message = job.delivery.message.clone();
+        let mut message = Message::clone(&job.delivery.message);
         let now = subscribed.scope.bus.clock().now();
         let (subscription, error, failures) = (&subscribed.name, failure.error.as_str(), &job.failures);
         Burial { subscription, reason, error, failures, now }.write(&mut message);
         if job.delivery.replayed {
             message.headers.set(header::REPLAYED, "true");
         }
-        let post = Post { destination: Destination::DeadLetter(subscribed.name.clone()), message, delay: None };
+        let destination = Destination::DeadLetter(subscribed.name.clone());
+        let post = Post { destination, message: message.into(), delay: None };
         if self.owe(&[post], true).await.is_ok() {
             subscribed.counters.dead_lettered.fetch_add(1, Relaxed);
             let (subscription, id) = (subscribed.name.clone(), job.delivery.message.id.clone());

@@ -4,9 +4,11 @@ use super::outage::Outage;
 use super::recent::Recent;
 use crate::dead_letter::Failures;
 use crate::transport::{Acker, Delivery, Lease, Ordering};
-use crate::{Key, MessageId, Text, Topic, header};
+use crate::{Key, Message, Topic, header};
+use foldhash::fast::RandomState;
 use slab::Slab;
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -38,7 +40,7 @@ pub(crate) struct Lanes {
     ordering: Ordering,
     limit: usize,
     entries: Slab<Entry>,
-    lanes: HashMap<LaneKey, Lane>,
+    lanes: HashMap<LaneKey, Lane, RandomState>,
     /// By route.
     ready: Vec<VecDeque<JobId>>,
     holds: BTreeSet<(Instant, JobId)>,
@@ -67,8 +69,7 @@ struct Entry {
     route: usize,
     slot: u32,
     position: u64,
-    source: Text,
-    message_id: MessageId,
+    message: Arc<Message>,
     state: State,
     /// Here unless it is running.
     job: Option<Job>,
@@ -126,7 +127,7 @@ impl Lanes {
             ordering,
             limit,
             entries: Slab::with_capacity(limit),
-            lanes: HashMap::new(),
+            lanes: HashMap::default(),
             ready: vec![VecDeque::new(); routes],
             holds: BTreeSet::new(),
             hold_backs: HashMap::new(),
@@ -145,33 +146,21 @@ impl Lanes {
     pub(crate) fn admit(&mut self, delivery: Delivery, route: usize) {
         let Some(delivery) = self.replace(delivery) else { return };
         self.cautious = self.cautious.saturating_sub(1);
-        let message = &delivery.message;
+        let message = Arc::clone(&delivery.message);
         let lane = match (&message.key, self.ordering) {
             (Some(key), Ordering::Key) => Some((message.topic.clone(), key.clone())),
             _ => None,
         };
         let (slot, position) = (delivery.slot, delivery.position);
-        let (source, message_id) = (message.source.clone(), message.id.clone());
         let vacant = self.entries.vacant_entry();
         let id = vacant.key();
-        let failures = Failures::of(message);
-        let seen = self.recent.was_here(message, failures.attempts);
+        let failures = Failures::of(&message);
+        let seen = self.recent.was_here(&message, failures.attempts);
         let published_again = [header::REPEAT, header::REDRIVEN].iter().any(|name| message.headers.get(name).is_some());
         let possible_duplicate = seen || published_again || delivery.redelivered || delivery.replayed;
         let job = Some(Job { id, delivery, failures, held: Duration::ZERO, possible_duplicate, alone: false });
         let state = State::Waiting;
-        vacant.insert(Entry {
-            lane,
-            next: None,
-            route,
-            slot,
-            position,
-            source,
-            message_id,
-            state,
-            job,
-            successor: None,
-        });
+        vacant.insert(Entry { lane, next: None, route, slot, position, message, state, job, successor: None });
         self.line_up(id);
     }
 
@@ -179,8 +168,9 @@ impl Lanes {
     fn replace(&mut self, delivery: Delivery) -> Option<Delivery> {
         let message = &delivery.message;
         let place = (delivery.slot, delivery.position);
-        let same =
-            |e: &Entry| (e.slot, e.position) == place && e.message_id == message.id && e.source == message.source;
+        let same = |e: &Entry| {
+            (e.slot, e.position) == place && e.message.id == message.id && e.message.source == message.source
+        };
         let known = delivery.redelivered.then(|| self.entries.iter_mut().find(|(_, entry)| same(entry))).flatten();
         let Some((_, entry)) = known else { return Some(delivery) };
         // What is replaced is dropped: its lease is lost, so that settles nothing.

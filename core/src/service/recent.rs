@@ -1,7 +1,7 @@
 //! Which events were here lately, so that a repeated one can be told to its handler.
 
 use crate::Message;
-use std::collections::hash_map::RandomState;
+use foldhash::fast::RandomState;
 use std::collections::{HashSet, VecDeque};
 use std::hash::BuildHasher;
 
@@ -13,15 +13,15 @@ const WINDOW: usize = 4096;
 pub(crate) struct Recent {
     hasher: RandomState,
     order: VecDeque<u64>,
-    known: HashSet<u64>,
+    known: HashSet<u64, RandomState>,
 }
 
 impl Default for Recent {
     fn default() -> Self {
         Self {
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
             order: VecDeque::with_capacity(WINDOW),
-            known: HashSet::with_capacity(2 * WINDOW),
+            known: HashSet::with_capacity_and_hasher(2 * WINDOW, RandomState::default()),
         }
     }
 }

@@ -5,6 +5,7 @@ use super::conclude::Failure;
 use super::lanes::Job;
 use crate::handler::{Context, Ended, IntoOutcome, Next, Outcome, Outputs, Request};
 use crate::publish::Post;
+use crate::time::before;
 use crate::transport::Lease;
 use crate::{Error, ErrorKind, Key, Message, Result, Topic};
 use futures_util::FutureExt;
@@ -20,6 +21,8 @@ use tokio::time::{Instant, timeout_at};
 pub(crate) struct Worker {
     pub(super) subscribed: Arc<Subscribed>,
     route: usize,
+    /// The most jobs of one run.
+    batch: usize,
     pub(super) outputs: Outputs,
     /// What the outputs are sent as, kept for its room.
     pub(super) posts: Vec<Post>,
@@ -37,7 +40,11 @@ struct Turn(Arc<Subscribed>);
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.0.with_lanes(|_| self.0.runs.fetch_sub(1, Relaxed));
+        let Self(subscribed) = self;
+        // If there were fewer, nobody was refused a turn.
+        if subscribed.runs.fetch_sub(1, Relaxed) == subscribed.config.concurrency {
+            subscribed.with_lanes(|_| {});
+        }
     }
 }
 
@@ -45,7 +52,8 @@ impl Worker {
     pub(crate) fn new(subscribed: Arc<Subscribed>, route: usize) -> Self {
         let bus = &subscribed.scope.bus;
         let outputs = Outputs::new(subscribed.source.clone(), bus.content_type().clone());
-        Self { subscribed, route, outputs, posts: Vec::new() }
+        let batch = subscribed.batch_of(route);
+        Self { subscribed, route, batch, outputs, posts: Vec::new() }
     }
 
     /// The next run; `None` when the service stops.
@@ -67,7 +75,7 @@ impl Worker {
 
     /// Waits for a batch to fill up, if there is something for it.
     async fn linger(&self) {
-        let (size, linger) = (self.subscribed.batch_of(self.route), self.subscribed.config.linger);
+        let (size, linger) = (self.batch, self.subscribed.config.linger);
         if size == 1 || linger.is_zero() || self.subscribed.lanes.lock().ready(self.route) == 0 {
             return;
         }
@@ -82,7 +90,6 @@ impl Worker {
 
     /// Takes jobs whose lease is still live.
     fn take(&self) -> Option<Run> {
-        let batch = self.subscribed.batch_of(self.route);
         loop {
             let (first, more, should_read) = self.subscribed.with_lanes(|lanes| {
                 if !self.subscribed.may_run() {
@@ -90,7 +97,7 @@ impl Worker {
                 }
                 let first = lanes.take(self.route)?;
                 let mut more = Vec::new();
-                lanes.take_more(self.route, &first, batch - 1, &mut more);
+                lanes.take_more(self.route, &first, self.batch - 1, &mut more);
                 self.subscribed.runs.fetch_add(1, Relaxed);
                 // Others have nothing to do.
                 let should_read = self.subscribed.may_run() && lanes.should_read();
@@ -156,7 +163,7 @@ impl Worker {
             check_size(message, max)?;
             return start(&[message], &cx);
         }
-        let messages: Vec<_> = std::iter::once(&run.first).chain(&run.more).map(|job| &job.delivery.message).collect();
+        let messages: Vec<_> = std::iter::once(&run.first).chain(&run.more).map(|job| &*job.delivery.message).collect();
         messages.iter().try_for_each(|message| check_size(message, max))?;
         start(&messages, &cx)
     }
@@ -167,7 +174,7 @@ impl Worker {
         let jobs = std::iter::once(&run.first).chain(&run.more);
         Request {
             subscription: self.subscribed.name.clone(),
-            messages: jobs.map(|job| job.delivery.message.clone()).collect(),
+            messages: jobs.map(|job| Arc::clone(&job.delivery.message)).collect(),
             attempt: run.first.failures.attempts + 1,
             run: Box::pin(async move { future.await.into_outcome(&mut outputs).map(|()| outputs) }),
         }
@@ -177,11 +184,11 @@ impl Worker {
     async fn finish<F: Future<Output: IntoOutcome>>(&mut self, future: F) -> Result<(), Failure> {
         let limit = self.subscribed.config.timeout_or_forever();
         // The future is dropped inside, because that may panic too.
-        let in_time = async { tokio::time::timeout(limit, future).await };
+        let in_time = async { before(|| Instant::now() + limit, future).await };
         let returned = match AssertUnwindSafe(in_time).catch_unwind().await {
             Err(panic) => return Err(Failure::panicked(&panic_text(&*panic))),
-            Ok(Err(_)) => return Err(Failure::timed_out(limit)),
-            Ok(Ok(returned)) => returned,
+            Ok(None) => return Err(Failure::timed_out(limit)),
+            Ok(Some(returned)) => returned,
         };
         let outputs = &mut self.outputs;
         match catch_unwind(AssertUnwindSafe(|| returned.into_outcome(outputs))) {
@@ -242,7 +249,7 @@ impl Worker {
             self.outputs.messages.clear();
             self.outputs.messages.extend(outputs.by_ref().take(end - start));
             start = end;
-            let Message { topic, key, .. } = &job.delivery.message;
+            let Message { topic, key, .. } = &*job.delivery.message;
             let lane = key.as_ref().filter(|_| self.subscribed.keeps_order).map(|key| (topic.clone(), key.clone()));
             if lane.as_ref().is_some_and(|lane| waiting.contains(lane)) {
                 behind.push(job);

@@ -110,16 +110,16 @@ pub trait Publisher: Send + Sync + 'static {
     ///   abandoned;
     /// - a message that is [`owed`](Outgoing::owed) does not wait for room;
     /// - the iterator neither settles nor publishes, so it may be driven under the transport's own lock.
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>);
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>);
 }
 
 /// A message on its way out.
 #[derive(Debug)]
-pub struct Outgoing<'a> {
+pub struct Outgoing {
     /// Where it goes.
     pub destination: Destination,
-    /// What is sent.
-    pub message: &'a Message,
+    /// What is sent; shared, so that keeping it copies nothing.
+    pub message: Arc<Message>,
     /// Not to be delivered before this time from now has passed; dead letters have none.
     pub delay: Option<Duration>,
     /// Published to settle a delivery (returned by a handler, a retry, a dead letter): room for it must
@@ -179,8 +179,8 @@ pub struct Polled {
 /// One attempt to hand a message to a subscription, with the duty to settle it.
 #[derive(Debug)]
 pub struct Delivery {
-    /// What was published.
-    pub message: Message,
+    /// What was published; shared, so that handing it on copies nothing.
+    pub message: Arc<Message>,
     /// Its place in its slot's order; the same each time it is handed out.
     pub position: u64,
     /// The slot (partition, queue) whose order it is part of; 0 where there is one.

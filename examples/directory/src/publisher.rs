@@ -15,10 +15,11 @@ pub(crate) struct DirectoryPublisher {
 }
 
 impl Publisher for DirectoryPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
-        let post = |out: Outgoing<'_>| {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
+        let post = |out: Outgoing| {
             let delay = out.delay.unwrap_or_default();
-            let stored = Stored { to: out.destination, received: after(delay), message: out.message.clone() };
+            let stored =
+                Stored { to: out.destination, received: after(delay), message: Arc::unwrap_or_clone(out.message) };
             Post { stored, delayed: !delay.is_zero(), receipt: out.receipt }
         };
         self.link.queue.post(batch.map(post).collect());

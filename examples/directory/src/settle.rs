@@ -103,7 +103,7 @@ impl Desk {
     fn delivery(self: &Arc<Self>, ready: Ready) -> Delivery {
         let tag = Tag { epoch: self.epoch.load(SeqCst), seq: ready.position };
         Delivery {
-            message: ready.message,
+            message: ready.message.into(),
             position: ready.position,
             slot: 0,
             redelivered: ready.hand_outs > 1,

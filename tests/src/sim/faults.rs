@@ -126,10 +126,9 @@ struct FaultyPublisher {
 }
 
 impl Publisher for FaultyPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         // First all of it, because an iterator must not be driven while something is submitted.
-        let all: Vec<_> =
-            batch.map(|out| ((out.destination, out.message.clone(), out.delay, out.owed), out.receipt)).collect();
+        let all: Vec<_> = batch.map(|out| ((out.destination, out.message, out.delay, out.owed), out.receipt)).collect();
         for (out, receipt) in all {
             self.send(out, receipt);
         }
@@ -137,7 +136,7 @@ impl Publisher for FaultyPublisher {
 }
 
 impl FaultyPublisher {
-    fn send(&self, out: (Destination, Message, Option<Duration>, bool), receipt: Receipt) {
+    fn send(&self, out: (Destination, Arc<Message>, Option<Duration>, bool), receipt: Receipt) {
         let (faults, by) = (&self.connection.faults, self.connection.by);
         let post = about(&faults.history, &out.0, &out.1);
         let (arrives, answer) = faults.fate();

@@ -180,7 +180,7 @@ impl Outbox {
         client.map(Arc::new).map_err(|e| failed("a client could not be created", e))
     }
 
-    fn accept(&self, out: Outgoing<'_>) -> Result<Item, (Receipt, Error)> {
+    fn accept(&self, out: Outgoing) -> Result<Item, (Receipt, Error)> {
         let Outgoing { destination, message, delay, owed, receipt } = out;
         let refuse = |receipt, error: Error| Err((receipt, error.with_operation("publish")));
         if self.is_closed.load(SeqCst) {
@@ -195,9 +195,9 @@ impl Outbox {
             return refuse(receipt, error(ErrorKind::Unsupported, why));
         }
         let delay = delay.filter(|delay| !delay.is_zero());
-        match wire::encode(message, &destination, delay) {
+        match wire::encode(&message, &destination, delay) {
             Ok(encoded) => {
-                let (payload, size) = (message.payload.clone(), wire::size(message));
+                let (payload, size) = (message.payload.clone(), wire::size(&message));
                 Ok(Item { to: (destination, delay.is_some()), delay, encoded, payload, size, owed, receipt })
             }
             Err(error) => refuse(receipt, error),
@@ -439,7 +439,7 @@ fn again(why: &Error) -> Error {
 pub(crate) struct KafkaPublisher(pub(crate) Arc<Outbox>);
 
 impl Publisher for KafkaPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         let outbox = &self.0;
         let mut refused = Vec::new();
         let mut state = outbox.state.lock();

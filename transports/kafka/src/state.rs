@@ -289,7 +289,16 @@ impl State {
             return None;
         }
         let acker = Acker::new(Arc::clone(settle), tag);
-        Some(Delivery { message, position, slot, redelivered, replayed, hand_outs: None, lost: None, acker })
+        Some(Delivery {
+            message: message.into(),
+            position,
+            slot,
+            redelivered,
+            replayed,
+            hand_outs: None,
+            lost: None,
+            acker,
+        })
     }
 
     fn send_on(&mut self, tag: Tag, further: u64, message: tidings_core::Message) {

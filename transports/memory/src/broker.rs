@@ -102,7 +102,7 @@ struct Delayed {
 struct Waiting {
     client: Arc<Client>,
     to: Address,
-    message: Message,
+    message: Arc<Message>,
     size: usize,
     receipt: Receipt,
 }
@@ -178,7 +178,7 @@ impl State {
     // ---- Publishing ----
 
     /// Takes responsibility for a message, refuses it, or lets it wait for room.
-    pub(crate) fn submit(&mut self, client: &Arc<Client>, out: Outgoing<'_>, now: Instant) {
+    pub(crate) fn submit(&mut self, client: &Arc<Client>, out: Outgoing, now: Instant) {
         let Outgoing { destination, message, delay, owed, receipt } = out;
         if client.closed.load(SeqCst) {
             return receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
@@ -192,7 +192,7 @@ impl State {
             answer(receipt, self.store(&to, message, now));
         } else {
             client.waiting.fetch_add(1, SeqCst);
-            let (client, message) = (Arc::clone(client), message.clone());
+            let client = Arc::clone(client);
             self.waiting.push_back(Waiting { client, to, message, size, receipt });
             self.admit(now);
         }
@@ -221,7 +221,7 @@ impl State {
             if abandoned {
                 receipt.fail(Fate::NotPersisted, error(ErrorKind::Full, "nobody waited for room any more"));
             } else {
-                answer(receipt, self.store(&to, &message, now));
+                answer(receipt, self.store(&to, message, now));
             }
             client.waited();
         }
@@ -233,7 +233,7 @@ impl State {
         }
     }
 
-    fn store(&mut self, to: &Address, message: &Message, now: Instant) -> Result<()> {
+    fn store(&mut self, to: &Address, message: Arc<Message>, now: Instant) -> Result<()> {
         let due = to.delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
         match &to.destination {
             Destination::Topic(topic) => {
@@ -286,7 +286,7 @@ impl State {
     fn send(
         &mut self,
         (space, name): (usize, &SubscriptionName),
-        message: &Message,
+        message: Arc<Message>,
         (now, due): (Instant, Option<Instant>),
     ) -> Result<()> {
         let Some(group) = self.spaces[space].groups.get(name).copied() else {

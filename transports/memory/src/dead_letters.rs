@@ -9,13 +9,13 @@ use tidings_core::transport::{DeadLetter, DeadLetters};
 use tidings_core::{Message, Result, SubscriptionName};
 
 /// The dead letters of one subscription, by position.
-pub(crate) type Buried = BTreeMap<u64, Message>;
+pub(crate) type Buried = BTreeMap<u64, Arc<Message>>;
 
 impl State {
-    pub(crate) fn bury(&mut self, space: usize, name: &SubscriptionName, message: &Message) {
+    pub(crate) fn bury(&mut self, space: usize, name: &SubscriptionName, message: Arc<Message>) {
         self.log.charge(message.size());
         let position = self.log.next_position();
-        self.spaces[space].dead.entry(name.clone()).or_default().insert(position, message.clone());
+        self.spaces[space].dead.entry(name.clone()).or_default().insert(position, message);
     }
 
     fn dig_up(&mut self, space: usize, name: &SubscriptionName, positions: &[u64]) -> u64 {
@@ -57,8 +57,10 @@ impl DeadLetters for MemoryDeadLetters {
 
     async fn page(&self, after: Option<u64>, max: usize) -> Result<Vec<DeadLetter>> {
         let from = after.map_or(Unbounded, Excluded);
-        let letter =
-            |(position, message): (&u64, &Message)| DeadLetter { position: *position, message: message.clone() };
+        let letter = |(position, message): (&u64, &Arc<Message>)| DeadLetter {
+            position: *position,
+            message: Message::clone(message),
+        };
         self.with(|buried| buried.range((from, Unbounded)).take(max).map(letter).collect())
     }
 

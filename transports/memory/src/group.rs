@@ -362,7 +362,7 @@ impl Group {
             slot.high = slot.high.max(entry.position);
             let seq = member.out.insert(Out { item, slot: number }) as u64;
             ask.out.deliveries.push(Delivery {
-                message: entry.message.clone(),
+                message: Arc::clone(&entry.message),
                 position: entry.position,
                 slot: number,
                 redelivered: item.hand_outs > 1,

@@ -2,6 +2,7 @@
 
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use tidings_core::Message;
 use tokio::time::Instant;
 
@@ -12,7 +13,7 @@ const ADDRESSED: u32 = u32::MAX;
 pub(crate) type Id = u32;
 
 pub(crate) struct Entry {
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     /// Its place in the order of all that is stored; 0 until it is due.
     pub(crate) position: u64,
     pub(crate) received: Instant,
@@ -85,10 +86,10 @@ impl Log {
     }
 
     /// Stores what is not read from a topic, or not yet; one owner settles it.
-    pub(crate) fn hold(&mut self, message: &Message, received: Instant) -> Id {
+    pub(crate) fn hold(&mut self, message: Arc<Message>, received: Instant) -> Id {
         let size = message.size();
         self.charge(size);
-        let (message, topic) = (message.clone(), ADDRESSED);
+        let topic = ADDRESSED;
         self.entries.insert(Entry { message, position: 0, received, kept_until: None, topic, owners: 1, size }) as Id
     }
 
@@ -192,7 +193,7 @@ mod tests {
     use crate::testing::{message, message_of_size};
 
     fn publish(log: &mut Log, size: usize, owners: u32) -> Id {
-        let id = log.hold(&message_of_size("a.b", size), Instant::now());
+        let id = log.hold(message_of_size("a.b", size).into(), Instant::now());
         log.publish(id, 0, owners, (Instant::now(), None));
         id
     }
@@ -234,7 +235,7 @@ mod tests {
     #[test]
     fn what_is_sent_to_an_address_is_gone_when_settled() {
         let mut log = Log::new(1 << 20, 1 << 20);
-        let id = log.hold(&message("a.b"), Instant::now());
+        let id = log.hold(message("a.b").into(), Instant::now());
         assert_eq!(log.place(id), 1);
         assert_eq!(log.read().count(), 0);
         log.settle(id);

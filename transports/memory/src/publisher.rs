@@ -15,7 +15,7 @@ pub(crate) struct MemoryPublisher {
 }
 
 impl Publisher for MemoryPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         let mut state = self.broker.lock();
         state.advance();
         let now = Instant::now();

@@ -102,7 +102,7 @@ impl Outbox {
         Ok(outbox)
     }
 
-    fn accept(&self, out: Outgoing<'_>) -> Result<Item, (Receipt, Error)> {
+    fn accept(&self, out: Outgoing) -> Result<Item, (Receipt, Error)> {
         let Outgoing { destination, message, delay, receipt, .. } = out;
         if self.closed.load(SeqCst) {
             return Err((receipt, closed().with_operation("publish")));
@@ -115,7 +115,7 @@ impl Outbox {
             let why = "NATS delays only what is sent to a subscription's address";
             return Err((receipt, error(ErrorKind::Unsupported, why).with_operation("publish")));
         }
-        match wire::encode(message, &destination, delay) {
+        match wire::encode(&message, &destination, delay) {
             Ok(headers) => Ok(Item {
                 to: destination,
                 topic: message.topic.clone(),
@@ -375,7 +375,7 @@ fn topic_route(catalog: &Catalog, topic: &Topic, properties: Properties, held: i
 pub(crate) struct NatsPublisher(pub(crate) Arc<Outbox>);
 
 impl Publisher for NatsPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         let mut queue = self.0.queue.lock();
         for out in batch {
             match self.0.accept(out) {

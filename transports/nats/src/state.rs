@@ -3,7 +3,8 @@
 use crate::settle::{NatsSettle, Op, Writer};
 use crate::wire;
 use async_nats::{Message as Raw, Subject};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::task::Waker;
@@ -760,7 +761,7 @@ fn deliver(source: &Source, held: &Held, mode: Mode, names: &crate::names::Names
     let origin =
         wire::Origin { topic: names.topic_of(&held.raw.subject), stream: &source.stream, position: held.position };
     Delivery {
-        message: wire::decode(held.raw.headers.as_ref(), &held.raw.payload, &origin),
+        message: wire::decode(held.raw.headers.as_ref(), &held.raw.payload, &origin).into(),
         position: held.position,
         slot: source.number,
         redelivered: held.redelivered,

@@ -145,7 +145,7 @@ impl RabbitMqPublisher {
         }
     }
 
-    fn post(&self, out: Outgoing<'_>) {
+    fn post(&self, out: Outgoing) {
         let Outgoing { destination, message, delay, owed: _, receipt } = out;
         let refuse = |receipt: Receipt, error: Error| receipt.fail(Fate::NotPersisted, error.with_operation("publish"));
         if self.0.open.closed.load(SeqCst) {
@@ -158,10 +158,10 @@ impl RabbitMqPublisher {
             return refuse(receipt, error(ErrorKind::TooLarge, why));
         }
         let steps = delay.map_or(0, steps);
-        let lane = lane(&destination, message);
+        let lane = lane(&destination, &message);
         let routed = self.route(&destination, steps).and_then(|(exchange, key, to)| {
             let addressed = steps > 0 || !matches!(destination, Destination::Topic(_));
-            let mut properties = encode(message, addressed)?;
+            let mut properties = encode(&message, addressed)?;
             if matches!(to, To::DeadLetter { .. }) {
                 properties = crate::dead_letters::positioned(properties);
             }
@@ -229,7 +229,7 @@ impl RabbitMqPublisher {
 }
 
 impl Publisher for RabbitMqPublisher {
-    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing<'_>>) {
+    fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         batch.for_each(|out| self.post(out));
     }
 }

@@ -144,8 +144,16 @@ impl Sim {
         let route = published.route;
         drop(broker);
         let acker = Acker::new(Arc::clone(&self.settle), Tag { epoch, seq: position });
-        let delivery =
-            Delivery { message, position, slot, redelivered, replayed: false, hand_outs: None, lost: None, acker };
+        let delivery = Delivery {
+            message: message.into(),
+            position,
+            slot,
+            redelivered,
+            replayed: false,
+            hand_outs: None,
+            lost: None,
+            acker,
+        };
         self.lanes.admit(delivery, route);
         if over {
             self.hold_backs.remove(&slot);

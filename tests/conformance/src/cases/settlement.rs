@@ -404,7 +404,7 @@ async fn what_a_handler_returns_keeps_its_ids(env: Env) {
             break;
         }
         assert_eq!(delivery.message.causation_id.as_ref(), Some(&cause.id));
-        ids.insert(delivery.message.id);
+        ids.insert(delivery.message.id.clone());
         delivery.acker.ack();
     }
     assert_eq!(ids.len(), 2, "{ids:?}");

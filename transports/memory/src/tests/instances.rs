@@ -208,7 +208,7 @@ async fn events_of_several_topics_meet_in_a_slot_number() {
     let got = reader.take(21).await;
     assert!(got.iter().map(|d| d.slot).collect::<BTreeSet<_>>().len() > 2);
     assert!(got.iter().all(|d| said(d) != "no key" || d.slot == 0));
-    let retry = got[5].message.clone();
+    let retry = got[5].message.as_ref().clone();
     let slot = got[5].slot;
     ack(got);
     send_to(&t, "s", retry, None);
