@@ -348,6 +348,31 @@ impl Lanes {
         entry.successor
     }
 
+    /// Ends a running job that lost its lease and is left to who has it now: another, or a copy that has come here
+    /// meanwhile. The copy goes back into its lane, by its position: let go, it would come again behind what is newer.
+    /// Returns the job if there is no copy.
+    pub(crate) fn leave(&mut self, mut job: Job) -> Option<Job> {
+        let id = job.id;
+        let Some(acker) = self.entries[id].successor.take() else {
+            drop(self.finish(id));
+            return Some(job);
+        };
+        self.running -= 1;
+        // What is replaced is dropped: its lease is lost, so that settles nothing.
+        (job.delivery.acker, job.possible_duplicate) = (acker, true);
+        let entry = &mut self.entries[id];
+        entry.state = State::Waiting;
+        entry.job = Some(job);
+        let (key, next) = (entry.lane.clone(), entry.next.take());
+        if let Some(next) = self.leave_lane(id, key.as_ref(), next)
+            && self.entries[next].state == State::Waiting
+        {
+            self.activate(next);
+        }
+        self.line_up(id);
+        None
+    }
+
     /// Closes the gap that a removed job leaves in its lane, and says who is the first now, if that was it.
     fn leave_lane(&mut self, id: JobId, key: Option<&LaneKey>, next: Option<JobId>) -> Option<JobId> {
         let lane = self.lanes.get_mut(key?)?;

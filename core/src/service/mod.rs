@@ -366,16 +366,24 @@ impl Subscribed {
         successor
     }
 
-    /// The event was handled: acked if what its handler returned was confirmed, else left to who has the lease, which
-    /// may be a copy that has come here meanwhile.
+    /// The event was handled: acked if what its handler returned was confirmed, else left to who has the lease.
     fn settle(&self, job: Job, published: Published) {
-        let acker = self.finish(job.id, true).unwrap_or(job.delivery.acker);
-        match published {
-            Published::All => {
-                self.counters.handled.fetch_add(1, Relaxed);
-                acker.ack();
-            }
-            Published::Nothing => acker.release(Duration::ZERO),
+        if let Published::Nothing = published {
+            return self.leave(job);
+        }
+        self.counters.handled.fetch_add(1, Relaxed);
+        self.finish(job.id, true).unwrap_or(job.delivery.acker).ack();
+    }
+
+    /// The lease was lost: the event is left to who has it, which may be a copy that has come here meanwhile.
+    fn leave(&self, job: Job) {
+        let (left, should_read) = self.with_lanes(|lanes| (lanes.leave(job), lanes.should_read()));
+        if should_read {
+            self.pump.notify_one();
+        }
+        // Where the lease is lost this settles nothing; where it is being revoked, another instance gets it.
+        if let Some(job) = left {
+            job.give_back();
         }
     }
 

@@ -112,11 +112,7 @@ impl Worker {
             }
             let (live, lost): (Vec<_>, Vec<_>) =
                 std::iter::once(first).chain(more).partition(|job| job.delivery.acker.lease() == Lease::Live);
-            // Where the lease is lost this settles nothing; where it is being revoked, another instance gets it.
-            for job in lost {
-                drop(self.subscribed.finish(job.id, false));
-                job.give_back();
-            }
+            lost.into_iter().for_each(|job| self.subscribed.leave(job));
             let mut live = live.into_iter();
             if let Some(first) = live.next() {
                 return Some(Run { first, more: live.collect(), turn });

@@ -197,10 +197,11 @@ impl Sim {
         let mut more = Vec::new();
         self.lanes.take_more(route, &first, max, &mut more);
         assert!(more.len() <= max && (more.is_empty() || !first.alone), "seed {}", self.seed);
+        self.meanwhile(first.delivery.slot);
         let mut run: Vec<Job> = Vec::new();
         for job in std::iter::once(first).chain(more) {
             if job.delivery.acker.lease() == Lease::Lost {
-                drop(self.lanes.finish(job.id));
+                self.lanes.leave(job);
             } else {
                 self.check(&job, route, &run);
                 run.push(job);
@@ -210,6 +211,18 @@ impl Sim {
             self.running.push(run);
         }
         true
+    }
+
+    /// What other threads may do between the taking of jobs and the look at their leases.
+    fn meanwhile(&mut self, slot: u32) {
+        if self.random.u8(0..8) > 0 {
+            return;
+        }
+        let held_back = self.random.bool();
+        self.lose(slot, held_back);
+        for _ in 0..self.random.usize(0..8) {
+            self.deliver(slot);
+        }
     }
 
     fn check(&self, job: &Job, route: usize, before: &[Job]) {
