@@ -192,7 +192,7 @@ async fn the_start_of_an_existing_subscription_never_changes(env: Env) {
     let other = SubscriptionSpec { start, ..new.clone() };
     let error = within("an answer", env.transport().subscribe(other)).await.err().expect("refused");
     assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
-    assert!(error.to_string().contains("reset"), "the way out: {error}");
+    assert!(error.to_string().contains("remove_subscription"), "the way out: {error}");
     publish(env.transport(), ORDERS, "ada", &["2"]).await;
     open(env.transport(), new).await.expect("2").await.acker.ack();
 }

@@ -331,7 +331,7 @@ async fn what_exists_with_other_settings_is_refused_and_the_difference_named() {
     for (spec, named) in [
         (spec("s", &["a.b"]), "a.c"),
         (unordered("s", &["a.b", "a.c"]), "ordering"),
-        (SubscriptionSpec { start: Start::Beginning, ..spec("s", &["a.b", "a.c"]) }, "reset"),
+        (SubscriptionSpec { start: Start::Beginning, ..spec("s", &["a.b", "a.c"]) }, "remove_subscription"),
     ] {
         let error = t.subscribe(spec.clone()).await.err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Mismatch);
