@@ -53,7 +53,7 @@ pub(crate) struct Open {
     pub(crate) unrouted: AtomicU64,
 }
 
-/// A message on its way to the broker, and what it takes to send it again.
+/// A message on its way to the broker.
 struct Post {
     exchange: ShortString,
     key: ShortString,
@@ -73,6 +73,16 @@ enum To {
     Subscription,
     /// The queue is created, once.
     DeadLetter { name: tidings_core::SubscriptionName, created: bool },
+}
+
+impl Post {
+    /// The properties, which are not needed any more but of dead letters: those are sent again once their queue is there.
+    fn take_properties(&mut self) -> BasicProperties {
+        match self.to {
+            To::DeadLetter { created: false, .. } => self.properties.clone(),
+            _ => std::mem::take(&mut self.properties),
+        }
+    }
 }
 
 struct Counted(Arc<Open>);
@@ -401,16 +411,17 @@ impl Owner {
     }
 
     /// Queues the frames, in the order of the calls, and leaves the confirm to come.
-    fn send(&mut self, channel: &Channel, post: Post) {
+    fn send(&mut self, channel: &Channel, mut post: Post) {
         if post.receipt.is_abandoned() {
             let error = late("a place on the channel", self.timeout);
             return post.receipt.fail(Fate::NotPersisted, error.with_operation("publish"));
         }
-        let (channel_of, channel) = (channel, channel.clone());
+        let properties = post.take_properties();
+        let channel = channel.clone();
         let mut flight: Flight = Box::pin(async move {
             let options = BasicPublishOptions { mandatory: true, immediate: false };
-            let (exchange, key) = (post.exchange.clone(), post.key.clone());
-            let sent = channel.basic_publish(exchange, key, options, &post.payload, post.properties.clone()).await;
+            let (exchange, key) = (std::mem::take(&mut post.exchange), post.key.clone());
+            let sent = channel.basic_publish(exchange, key, options, &post.payload, properties).await;
             let confirmed = match sent {
                 Ok(confirm) => confirm.await,
                 Err(failure) => Err(failure),
@@ -418,8 +429,7 @@ impl Owner {
             (post, confirmed)
         });
         match flight.as_mut().now_or_never() {
-            // It never left, and can leave on the next channel.
-            Some((post, Err(_))) if !channel_of.status().connected() => self.waiting.push_front(post),
+            // It never left: core sends it again.
             Some((post, Err(failure))) => {
                 post.receipt.fail(Fate::NotPersisted, failed(failure).with_transient(true).with_operation("publish"));
             }
