@@ -24,6 +24,11 @@ const PUBLISHED: Raw = Raw {
         window; the SDK's headers, made once but for the ids",
     bare: false,
 };
+const PUBLISHED_SPREAD: Raw = Raw {
+    name: "raw, four channels",
+    what: "the same over four channels in turn, as the transport does by key",
+    bare: false,
+};
 const PUBLISHED_BARE: Raw = Raw {
     name: "raw, bare",
     what: "the same with no header and no property but the message's id: what the CloudEvents attributes cost",
@@ -74,7 +79,7 @@ impl Rabbit {
 
 impl Broker for Rabbit {
     const NAME: &'static str = "rabbitmq";
-    const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_BARE];
+    const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_SPREAD, PUBLISHED_BARE];
     const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_BARE];
 
     async fn versions(&self) -> Result<String> {
@@ -88,20 +93,27 @@ impl Broker for Rabbit {
     }
 
     async fn publish<E: Sample>(&self, raw: Raw, namespace: &str, limits: Limits, meter: &Meter) -> Result<()> {
-        let (_connection, channel) = self.channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let (connection, first) = self.channel().await?;
+        let mut channels = vec![first];
+        if raw == PUBLISHED_SPREAD {
+            channels.extend([connection.create_channel().await?, connection.create_channel().await?]);
+            channels.push(connection.create_channel().await?);
+        }
+        for channel in &channels {
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        }
         let exchange = ShortString::try_new(format!("{namespace}:tidings"))?;
         let topic = ShortString::try_new(E::TOPIC)?;
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let mut open = FuturesOrdered::new();
-        for number in 0..meter.total() {
-            if open.len() == limits.window.min(WINDOW) {
+        for (number, channel) in (0..meter.total()).zip(channels.iter().cycle()) {
+            if open.len() == limits.window.min(WINDOW * channels.len()) {
                 check(open.next().await)?;
                 meter.tick();
             }
             let event = E::new(number);
             let (payload, properties) = (encode(&event)?, properties(&event, raw)?);
-            let (channel, exchange, topic) = (&channel, exchange.clone(), topic.clone());
+            let (exchange, topic) = (exchange.clone(), topic.clone());
             let mut publish =
                 Box::pin(
                     async move { channel.basic_publish(exchange, topic, options, &payload, properties).await?.await },

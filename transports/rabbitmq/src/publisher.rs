@@ -39,7 +39,7 @@ pub(crate) struct RabbitMqPublisher(Arc<Inner>);
 struct Inner {
     topology: Arc<Topology>,
     config: Arc<RabbitMqConfig>,
-    channels: Vec<mpsc::UnboundedSender<Post>>,
+    channels: Vec<mpsc::UnboundedSender<Box<Post>>>,
     open: Arc<Open>,
 }
 
@@ -53,7 +53,7 @@ pub(crate) struct Open {
     pub(crate) unrouted: AtomicU64,
 }
 
-/// A message on its way to the broker, and what it takes to send it again.
+/// A message on its way to the broker; boxed, because it is moved often.
 struct Post {
     exchange: ShortString,
     key: ShortString,
@@ -73,6 +73,16 @@ enum To {
     Subscription,
     /// The queue is created, once.
     DeadLetter { name: tidings_core::SubscriptionName, created: bool },
+}
+
+impl Post {
+    /// The properties, which are not needed any more but of dead letters: those are sent again once their queue is there.
+    fn take_properties(&mut self) -> BasicProperties {
+        match self.to {
+            To::DeadLetter { created: false, .. } => self.properties.clone(),
+            _ => std::mem::take(&mut self.properties),
+        }
+    }
 }
 
 struct Counted(Arc<Open>);
@@ -175,7 +185,8 @@ impl RabbitMqPublisher {
             Err(error) => return refuse(receipt, error),
         };
         let (payload, id) = (message.payload.clone(), message.id.clone());
-        let post = Post { exchange, key, properties, payload, id, to, receipt, _open: Counted::new(&self.0.open) };
+        let post =
+            Box::new(Post { exchange, key, properties, payload, id, to, receipt, _open: Counted::new(&self.0.open) });
         let channel = &self.0.channels[lane as usize % self.0.channels.len()];
         let needed = levels(steps);
         if self.0.topology.has_levels(needed) {
@@ -234,7 +245,7 @@ impl Publisher for RabbitMqPublisher {
     }
 }
 
-fn hand_over(channel: &mpsc::UnboundedSender<Post>, post: Post) {
+fn hand_over(channel: &mpsc::UnboundedSender<Box<Post>>, post: Box<Post>) {
     if let Err(mpsc::error::SendError(post)) = channel.send(post) {
         post.receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
     }
@@ -263,7 +274,7 @@ fn lane(destination: &Destination, message: &tidings_core::Message) -> u64 {
     hash.finish() >> 17
 }
 
-type Flight = Pin<Box<dyn Future<Output = (Post, lapin::Result<Confirmation>)> + Send>>;
+type Flight = Pin<Box<dyn Future<Output = (Box<Post>, lapin::Result<Confirmation>)> + Send>>;
 
 /// The owner of one channel.
 struct Owner {
@@ -273,15 +284,15 @@ struct Owner {
     timeout: Duration,
     open: Arc<Open>,
     /// Back to itself, for what has to be prepared first.
-    again: mpsc::WeakUnboundedSender<Post>,
-    posts: mpsc::UnboundedReceiver<Post>,
+    again: mpsc::WeakUnboundedSender<Box<Post>>,
+    posts: mpsc::UnboundedReceiver<Box<Post>>,
     /// Taken, but not sent while there is no connection.
-    waiting: VecDeque<Post>,
+    waiting: VecDeque<Box<Post>>,
     flying: FuturesUnordered<Flight>,
     /// What came back, by id and key: the client hands a return over with whichever confirm comes next.
     returned: HashMap<(String, String), usize>,
     /// Confirmed together with another message's return.
-    doubted: Vec<(Post, Instant)>,
+    doubted: Vec<(Box<Post>, Instant)>,
 }
 
 impl Owner {
@@ -401,16 +412,17 @@ impl Owner {
     }
 
     /// Queues the frames, in the order of the calls, and leaves the confirm to come.
-    fn send(&mut self, channel: &Channel, post: Post) {
+    fn send(&mut self, channel: &Channel, mut post: Box<Post>) {
         if post.receipt.is_abandoned() {
             let error = late("a place on the channel", self.timeout);
             return post.receipt.fail(Fate::NotPersisted, error.with_operation("publish"));
         }
-        let (channel_of, channel) = (channel, channel.clone());
+        let properties = post.take_properties();
+        let channel = channel.clone();
         let mut flight: Flight = Box::pin(async move {
             let options = BasicPublishOptions { mandatory: true, immediate: false };
-            let (exchange, key) = (post.exchange.clone(), post.key.clone());
-            let sent = channel.basic_publish(exchange, key, options, &post.payload, post.properties.clone()).await;
+            let (exchange, key) = (std::mem::take(&mut post.exchange), post.key.clone());
+            let sent = channel.basic_publish(exchange, key, options, &post.payload, properties).await;
             let confirmed = match sent {
                 Ok(confirm) => confirm.await,
                 Err(failure) => Err(failure),
@@ -418,8 +430,7 @@ impl Owner {
             (post, confirmed)
         });
         match flight.as_mut().now_or_never() {
-            // It never left, and can leave on the next channel.
-            Some((post, Err(_))) if !channel_of.status().connected() => self.waiting.push_front(post),
+            // It never left: core sends it again.
             Some((post, Err(failure))) => {
                 post.receipt.fail(Fate::NotPersisted, failed(failure).with_transient(true).with_operation("publish"));
             }
@@ -429,7 +440,7 @@ impl Owner {
     }
 
     /// Answers for all that have landed: first all returns are collected, then each confirm is judged.
-    fn land(&mut self, first: Option<(Post, lapin::Result<Confirmation>)>) {
+    fn land(&mut self, first: Option<(Box<Post>, lapin::Result<Confirmation>)>) {
         let mut landed: Vec<_> = first.into_iter().collect();
         while let Some(Some(next)) = self.flying.next().now_or_never() {
             landed.push(next);
@@ -461,7 +472,7 @@ impl Owner {
         }
     }
 
-    fn judge(&mut self, judged: Vec<(Post, bool)>) {
+    fn judge(&mut self, judged: Vec<(Box<Post>, bool)>) {
         let now = Instant::now();
         let doubted = std::mem::take(&mut self.doubted);
         for (post, until) in doubted {
@@ -494,7 +505,7 @@ impl Owner {
     }
 
     /// No queue took it.
-    fn unroutable(&mut self, mut post: Post) {
+    fn unroutable(&mut self, mut post: Box<Post>) {
         match &mut post.to {
             To::Topic { required: false } => {
                 self.open.unrouted.fetch_add(1, SeqCst);
@@ -524,13 +535,13 @@ impl Owner {
     }
 }
 
-fn refuse(post: Post, kind: ErrorKind, why: &'static str) {
+fn refuse(post: Box<Post>, kind: ErrorKind, why: &'static str) {
     let error = error(kind, why).with_context("key", &post.key).with_operation("publish");
     post.receipt.fail(Fate::NotPersisted, error);
 }
 
 /// The channel or the connection is gone, and with it the answer.
-fn fail(post: Post, failure: lapin::Error) {
+fn fail(post: Box<Post>, failure: lapin::Error) {
     if let Some(limit) = size_limit(&failure).filter(|limit| post.payload.len() > *limit) {
         let why =
             format!("a payload of {} bytes, the server takes {limit}; set `max_message_size`", post.payload.len());

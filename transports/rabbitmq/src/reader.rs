@@ -302,7 +302,7 @@ impl Reader {
 
     /// Writes what was settled.
     async fn write(&self, session: &mut Session, flush: bool) -> Result<()> {
-        let told = std::mem::take(&mut self.desk.window.lock().told);
+        let told = self.desk.window.lock().take_told(Instant::now(), flush);
         let before = session.acks.written();
         let frames = session.acks.frames(told, Instant::now(), flush);
         write_frames(&session.channel, &frames).await?;

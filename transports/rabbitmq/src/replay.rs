@@ -285,7 +285,7 @@ impl Replay {
     }
 
     async fn write(&mut self, session: &mut Session, flush: bool) -> Result<()> {
-        let told = std::mem::take(&mut self.desk.window.lock().told);
+        let told = self.desk.window.lock().take_told(Instant::now(), flush);
         let mut settled = 0;
         for told in &told {
             let (Told::Ack(tag) | Told::Nack(tag) | Told::Reject(tag)) = told;

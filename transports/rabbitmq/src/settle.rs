@@ -1,16 +1,12 @@
 //! Settles deliveries: noted at once, written by the owner of the channel.
 
-use crate::window::{Told, Window};
+use crate::window::{LINGER, Told, Window};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 use tidings_core::transport::{Lease, Settle, Settlement, Tag};
 use tokio::sync::Notify;
 use tokio::time::Instant;
-
-/// How long an ack waits for those before it, with which it is one frame.
-const LINGER: Duration = Duration::from_millis(2);
 
 /// A window, and who is told when something in it was settled.
 pub(crate) struct Desk {
@@ -149,6 +145,7 @@ impl Acks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     fn acks(count: u64) -> Acks {
         let mut acks = Acks::default();

@@ -14,6 +14,11 @@ pub(crate) const OF_QUEUES: u64 = 1 << (POSITION_BITS - 1);
 /// How many messages that went elsewhere, and may come back, keep their positions.
 const REMEMBERED: usize = 10_000;
 
+/// How many acks are one frame, if they come quickly.
+const RUN: usize = 64;
+/// How long an ack waits for others, with which it is one frame.
+pub(crate) const LINGER: Duration = Duration::from_millis(2);
+
 /// The place of a message: its position, then its slot.
 pub(crate) type Place = (u64, u32);
 
@@ -65,6 +70,8 @@ pub(crate) struct Window {
     unsettled: usize,
     /// For the channel.
     pub(crate) told: Vec<Told>,
+    /// When the first of these came, if all of them may wait for others: acks, of which many are one frame.
+    told_since: Option<Instant>,
     /// How a dropped delivery is given back: as one that failed.
     failed: BTreeSet<Place>,
     pub(crate) notices: Vec<Notice>,
@@ -114,6 +121,7 @@ impl Window {
             return;
         }
         self.flushed.stale += self.told.drain(..).len() as u64;
+        self.told_since = None;
         if !self.out.is_empty() || self.unsettled > 0 {
             self.notices.push(Notice::Leases);
         }
@@ -192,7 +200,7 @@ impl Window {
             return false;
         };
         match settlement {
-            Settlement::Ack => self.told.push(Told::Ack(item.tag)),
+            Settlement::Ack => return self.ack(item.tag),
             Settlement::Release { after } => self.give_back(place, item, after),
             Settlement::Abandon => {
                 self.failed.insert(place);
@@ -200,6 +208,30 @@ impl Window {
             }
         }
         true
+    }
+
+    fn ack(&mut self, tag: u64) -> bool {
+        self.told.push(Told::Ack(tag));
+        let first = self.told_since.is_none();
+        if first {
+            self.told_since = Some(Instant::now());
+        }
+        first || self.told.len() >= self.run()
+    }
+
+    /// How many acks do not wait for more: a quarter of what may be out, or the reading would stop for them.
+    fn run(&self) -> usize {
+        (self.max / 4).min(RUN)
+    }
+
+    /// What the channel is to be told now; acks alone wait for more, for a moment.
+    pub(crate) fn take_told(&mut self, now: Instant, flush: bool) -> Vec<Told> {
+        let waits = self.told_since.is_some_and(|since| since + LINGER > now) && self.told.len() < self.run();
+        if waits && !flush {
+            return Vec::new();
+        }
+        self.told_since = None;
+        std::mem::take(&mut self.told)
     }
 
     fn give_back(&mut self, place: Place, mut item: Item, after: Duration) {
@@ -245,13 +277,14 @@ impl Window {
         self.remember(place, &item.message);
         let failed = self.failed.remove(&place);
         self.told.push(if failed { Told::Reject(item.tag) } else { Told::Nack(item.tag) });
+        self.told_since = None;
     }
 
     /// When something is due next.
     pub(crate) fn next_due(&self) -> Option<Instant> {
         let lane = self.due_lanes.first().map(|(due, _)| *due);
         let delayed = self.delayed.first_key_value().map(|((due, _), _)| *due);
-        lane.into_iter().chain(delayed).min()
+        lane.into_iter().chain(delayed).chain(self.told_since.map(|since| since + LINGER)).min()
     }
 
     /// Moves on what is due.
@@ -398,6 +431,34 @@ mod tests {
         assert!(!window.is_live(out[1].1) && window.is_live(again[0].1));
         assert!(!window.settle(out[1].1, Settlement::Ack));
         assert!(window.told.is_empty() && matches!(window.notices[..], [Notice::Leases]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn acks_wait_for_one_another_a_moment() {
+        let ids: Vec<_> = (1..=30).map(|n| (n.to_string(), "a")).collect();
+        let items: Vec<_> = ids.iter().map(|(id, key)| (id.as_str(), *key)).collect();
+        let mut window = window(false, &items);
+        let mut out = all(&mut window).into_iter().map(|(_, tag)| tag);
+        let mut ack = |window: &mut Window| window.settle(out.next().unwrap(), Settlement::Ack);
+        assert!(ack(&mut window), "who writes is woken, to wait");
+        assert!(!ack(&mut window), "and not again");
+        assert!(window.take_told(Instant::now(), false).is_empty());
+        assert_eq!(window.next_due(), Some(Instant::now() + LINGER));
+        tokio::time::advance(LINGER).await;
+        assert_eq!(window.take_told(Instant::now(), false).len(), 2);
+        let woken: Vec<_> = (0..25).map(|_| ack(&mut window)).collect();
+        assert_eq!(woken.iter().filter(|woken| **woken).count(), 2, "with the first, and with a quarter of all");
+        assert_eq!(window.take_told(Instant::now(), false).len(), 25);
+        ack(&mut window);
+        assert_eq!(window.take_told(Instant::now(), true).len(), 1);
+        ack(&mut window);
+        let last = next_out(&window);
+        window.settle(last, Settlement::Release { after: Duration::ZERO });
+        assert_eq!(window.take_told(Instant::now(), false).len(), 2, "what is given back does not wait");
+    }
+
+    fn next_out(window: &Window) -> Tag {
+        Tag { epoch: window.epoch, seq: number(*window.out.keys().min().unwrap()) }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use crate::error::{error, short};
 use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, ByteArray, FieldTable, LongString};
+use std::borrow::Cow;
 use std::hash::Hasher;
 use std::time::{Duration, SystemTime};
 use tidings_core::{Clock, ErrorKind, Headers, Key, Message, MessageId, Result, Text, Topic, from_rfc3339, to_rfc3339};
@@ -57,23 +58,26 @@ pub(crate) fn encode(message: &Message, addressed: bool) -> Result<BasicProperti
 
 fn put_attributes(message: &Message, headers: &mut FieldTable) -> Result<()> {
     let mut put = |name: &str, value: &str| -> Result<()> {
-        headers.insert(short(format!("{PREFIX}{name}"))?, text(value));
+        headers.insert(short(name)?, text(value));
         Ok(())
     };
-    put("specversion", "1.0")?;
-    message.id.with_str(|id| put("id", id))?;
-    put("source", &message.source)?;
-    put("type", &message.event_type)?;
+    put("cloudEvents_specversion", "1.0")?;
+    message.id.with_str(|id| put("cloudEvents_id", id))?;
+    put("cloudEvents_source", &message.source)?;
+    put("cloudEvents_type", &message.event_type)?;
     if message.version != 1 {
-        put("dataversion", &message.version.to_string())?;
+        put("cloudEvents_dataversion", &message.version.to_string())?;
     }
-    for (name, time) in [("time", message.time), ("recordedtime", message.recorded_time)] {
+    let times = [("cloudEvents_time", message.time), ("cloudEvents_recordedtime", message.recorded_time)];
+    for (name, time) in times {
         time.map_or(Ok(()), |time| put(name, &to_rfc3339(time)))?;
     }
-    for (name, id) in [("correlationid", &message.correlation_id), ("causationid", &message.causation_id)] {
+    let ids =
+        [("cloudEvents_correlationid", &message.correlation_id), ("cloudEvents_causationid", &message.causation_id)];
+    for (name, id) in ids {
         id.as_ref().map_or(Ok(()), |id| id.with_str(|id| put(name, id)))?;
     }
-    message.attributes.iter().try_for_each(|(name, value)| put(name, value))?;
+    message.attributes.iter().try_for_each(|(name, value)| put(&format!("{PREFIX}{name}"), value))?;
     if let Some(key) = &message.key {
         headers.insert(short(KEY)?, AMQPValue::LongString(LongString::from(key.as_bytes())));
     }
@@ -149,13 +153,11 @@ pub(crate) fn decode(received: Received) -> Message {
     let Received { routing_key, properties, data } = received;
     let empty = FieldTable::default();
     let table = properties.headers().as_ref().unwrap_or(&empty);
+    let none = Text::from_static("");
     let topic = topic_of(table, &routing_key);
-    let id = property(properties.message_id()).unwrap_or_else(|| id_of(&properties, &data));
-    let source = property(properties.app_id()).map_or_else(|| Text::from_static("/rabbitmq"), Text::from);
-    let event_type = property(properties.kind()).unwrap_or_else(|| topic.to_string());
-    let mut message = Message::new(MessageId::from(id), source, event_type, topic);
+    let mut message = Message::new(MessageId::from(""), none.clone(), none, topic);
     if let Some(content_type) = property(properties.content_type()) {
-        message.content_type = content_type.into();
+        message.content_type = content_type;
     }
     for (name, value) in table {
         let name = name.as_str();
@@ -170,23 +172,44 @@ pub(crate) fn decode(received: Received) -> Message {
     {
         message.headers = headers;
     }
+    fill_in(&mut message, &properties, &data);
     message.payload = Bytes::from(data);
     message
 }
 
-fn property(value: &Option<lapin::types::ShortString>) -> Option<String> {
-    value.as_ref().map(|value| clean(value.as_str())).filter(|value| !value.is_empty())
+/// What every message has, from what other clients write.
+fn fill_in(message: &mut Message, properties: &BasicProperties, data: &[u8]) {
+    if message.id.with_str(str::is_empty) {
+        let id = property(properties.message_id()).unwrap_or_else(|| id_of(properties, data).into());
+        message.id = MessageId::from(&*id);
+    }
+    if message.source.is_empty() {
+        message.source = property(properties.app_id()).unwrap_or(Text::from_static("/rabbitmq"));
+    }
+    if message.event_type.is_empty() {
+        message.event_type = property(properties.kind()).unwrap_or_else(|| Text::from(message.topic.as_str()));
+    }
+}
+
+fn property(value: &Option<lapin::types::ShortString>) -> Option<Text> {
+    value.as_ref().map(|value| clean(value.as_str())).filter(|value| !value.is_empty()).map(|value| (&*value).into())
 }
 
 /// CloudEvents 1.0.2, *Type System*: a String holds no control characters.
-fn clean(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).collect()
+fn clean(text: &str) -> Cow<'_, str> {
+    match text.contains(char::is_control) {
+        true => text.chars().filter(|c| !c.is_control()).collect(),
+        false => text.into(),
+    }
 }
 
-fn attribute(header: &str) -> Option<String> {
+fn attribute(header: &str) -> Option<Cow<'_, str>> {
     let starts = |prefix: &str| header.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix));
     let prefix = PREFIXES.into_iter().find(|prefix| starts(prefix))?;
-    Some(header[prefix.len()..].to_ascii_lowercase()).filter(|name| !name.is_empty())
+    let name = &header[prefix.len()..];
+    let is_lower = !name.contains(|c: char| c.is_ascii_uppercase());
+    let name = if is_lower { name.into() } else { name.to_ascii_lowercase().into() };
+    Some(name).filter(|name: &Cow<'_, str>| !name.is_empty())
 }
 
 fn read_attribute(message: &mut Message, name: &str, value: &AMQPValue) {
@@ -194,8 +217,9 @@ fn read_attribute(message: &mut Message, name: &str, value: &AMQPValue) {
         message.key = scalar(value).map(|key| Key::from(&key[..]));
         return;
     }
-    let Some(text) = scalar(value).and_then(|value| String::from_utf8(value).ok()) else { return };
-    let text = clean(&text);
+    let Some(value) = scalar(value) else { return };
+    let Ok(text) = std::str::from_utf8(&value) else { return };
+    let text = &*clean(text);
     if text.is_empty() {
         return;
     }
@@ -206,8 +230,8 @@ fn read_attribute(message: &mut Message, name: &str, value: &AMQPValue) {
         "type" => message.event_type = text.into(),
         "datacontenttype" => message.content_type = text.into(),
         "dataversion" => message.version = text.parse().unwrap_or(u32::MAX),
-        "time" => message.time = from_rfc3339(&text),
-        "recordedtime" => message.recorded_time = from_rfc3339(&text),
+        "time" => message.time = from_rfc3339(text),
+        "recordedtime" => message.recorded_time = from_rfc3339(text),
         "correlationid" => message.correlation_id = Some(text.into()),
         "causationid" => message.causation_id = Some(text.into()),
         _ => message.attributes.push((name.into(), text.into())),
@@ -217,18 +241,19 @@ fn read_attribute(message: &mut Message, name: &str, value: &AMQPValue) {
 fn read_header(headers: &mut Headers, name: &str, value: &AMQPValue) {
     match value {
         AMQPValue::FieldArray(values) => {
-            values.as_slice().iter().filter_map(scalar).for_each(|value| headers.append_unchecked(name, value));
+            let values = values.as_slice().iter().filter_map(scalar);
+            values.for_each(|value| headers.append_unchecked(name, value.into_owned()));
         }
-        value => scalar(value).into_iter().for_each(|value| headers.append_unchecked(name, value)),
+        value => scalar(value).into_iter().for_each(|value| headers.append_unchecked(name, value.into_owned())),
     }
 }
 
 /// A value as bytes; `None` for what has parts.
-fn scalar(value: &AMQPValue) -> Option<Vec<u8>> {
+fn scalar(value: &AMQPValue) -> Option<Cow<'_, [u8]>> {
     let number = match value {
-        AMQPValue::LongString(text) => return Some(text.as_bytes().to_vec()),
-        AMQPValue::ShortString(text) => return Some(text.as_str().as_bytes().to_vec()),
-        AMQPValue::ByteArray(bytes) => return Some(bytes.as_slice().to_vec()),
+        AMQPValue::LongString(text) => return Some(text.as_bytes().into()),
+        AMQPValue::ShortString(text) => return Some(text.as_str().as_bytes().into()),
+        AMQPValue::ByteArray(bytes) => return Some(bytes.as_slice().into()),
         AMQPValue::Timestamp(time) => to_rfc3339(at(*time)),
         AMQPValue::Boolean(flag) => flag.to_string(),
         AMQPValue::Float(number) => number.to_string(),
@@ -237,7 +262,7 @@ fn scalar(value: &AMQPValue) -> Option<Vec<u8>> {
         AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) | AMQPValue::Void => return None,
         integer => self::integer(integer)?.to_string(),
     };
-    Some(number.into_bytes())
+    Some(number.into_bytes().into())
 }
 
 /// An integer of any width.
@@ -267,7 +292,7 @@ fn at(seconds: u64) -> SystemTime {
 
 /// Where it was published: as the SDK has written it, or by the routing key of its first journey.
 fn topic_of(headers: &FieldTable, routing_key: &str) -> Topic {
-    let written = headers.inner().get(TOPIC).and_then(scalar).and_then(|topic| String::from_utf8(topic).ok());
+    let written = headers.inner().get(TOPIC).and_then(scalar).and_then(|topic| String::from_utf8(topic.into()).ok());
     let first = || dead_routing_key(headers).unwrap_or_else(|| routing_key.to_owned());
     let name = written.unwrap_or_else(first);
     Topic::new(name.as_str()).unwrap_or_else(|_| similar(&name))
@@ -278,7 +303,7 @@ fn dead_routing_key(headers: &FieldTable) -> Option<String> {
     let deaths = headers.inner().get("x-death")?.as_array()?.as_slice();
     let first = deaths.last()?.as_field_table()?;
     let keys = first.inner().get("routing-keys")?.as_array()?.as_slice();
-    keys.first().and_then(scalar).and_then(|key| String::from_utf8(key).ok())
+    keys.first().and_then(scalar).and_then(|key| String::from_utf8(key.into()).ok())
 }
 
 /// The topic that is most like another client's routing key.
