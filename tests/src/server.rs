@@ -1,7 +1,7 @@
 //! A real broker of a test's own, by `scripts/brokers`: on ports and in a folder that nobody else uses.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -38,6 +38,16 @@ impl Server {
         let told: Vec<_> = pairs.iter().map(|(port, proxy)| format!("{port}:{proxy}")).collect();
         let server = Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_PROXIED".into(), told.join(","))])?;
         Ok((server, pairs))
+    }
+
+    /// A Kafka broker that also takes the user `shop` with this password; and where.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_kafka_with_password(password: &str) -> io::Result<(Self, SocketAddr)> {
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let sasl = format!("{}:{password}", address.port());
+        Ok((Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_SASL".into(), sasl)])?, address))
     }
 
     fn start_with(broker: &'static str, more: Vec<(String, String)>) -> io::Result<Self> {

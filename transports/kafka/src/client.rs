@@ -143,6 +143,8 @@ pub(crate) fn common(config: &KafkaConfig) -> Result<ClientConfig> {
     client.set("client.id", "tidings");
     client.set("socket.keepalive.enable", "true");
     client.set("socket.nagle.disable", "true");
+    // A connection that says nothing for so long is given up; the client's own default is a minute.
+    client.set("socket.timeout.ms", config.request_timeout.as_millis().max(2_000).to_string());
     client.set("reconnect.backoff.ms", "50").set("reconnect.backoff.max.ms", "1000");
     client.set("topic.metadata.refresh.fast.interval.ms", "50");
     let refresh = config.metadata_refresh.as_millis().to_string();
