@@ -201,6 +201,7 @@ pub(crate) fn producer(config: &KafkaConfig) -> Result<ClientConfig> {
     client.set("message.max.bytes", config.max_message_bytes.to_string());
     // It is repeated until nobody waits any more, or the transport is closed.
     client.set("message.timeout.ms", "0");
+    client.set("request.timeout.ms", config.request_timeout.as_millis().to_string());
     // The limits are our own, so that nothing is refused here.
     client.set("queue.buffering.max.messages", "0").set("queue.buffering.max.kbytes", "2097151");
     Ok(client)
