@@ -50,7 +50,11 @@ impl Server {
         Ok((Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_SASL".into(), sasl)])?, address))
     }
 
-    fn start_with(broker: &'static str, more: Vec<(String, String)>) -> io::Result<Self> {
+    /// As [`start`](Self::start), with more variables for `scripts/brokers`.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(broker: &'static str, more: Vec<(String, String)>) -> io::Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let state = format!("tidings-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
         let ports = match broker {
