@@ -10,6 +10,7 @@ pub mod kafka;
 pub mod measure;
 pub mod memory;
 pub mod nats;
+pub mod rabbitmq;
 pub mod report;
 pub mod scenario;
 

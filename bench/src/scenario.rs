@@ -22,6 +22,8 @@ pub const LIMITS: Limits = Limits { window: 1_000, in_flight: 512 };
 const SUBMITTED: usize = 50;
 /// How many events one call of `publish_all` takes.
 const ALL: u64 = 10_000;
+/// The subscription of the transport's loop, and of raw loops where there is no log.
+pub const POLLED: &str = "bench.polled";
 /// A loop that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -191,6 +193,7 @@ async fn provisioned<B: Broker, E: Sample>(broker: &B, namespace: &str) -> Resul
 
 async fn publish<B: Broker, E: Sample>(broker: &B, of: Loop, namespace: &str, meter: &Arc<Meter>) -> Result<()> {
     let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
+    prepare::<E>(&transport, Ordering::None).await?;
     match of {
         Loop::Raw(raw) => broker.publish::<E>(raw, namespace, LIMITS, meter).await?,
         Loop::Transport => submit::<E>(&transport, meter).await?,
@@ -280,6 +283,13 @@ async fn consume<B: Broker, E: Sample>(
     let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
     let filled = Meter::new(0, meter.total());
     match of {
+        Loop::Raw(_) | Loop::Transport => prepare::<E>(&transport, ordering).await?,
+        _ if start(&transport) == Start::New => {
+            service::<E>(&transport, meter, (ordering, workers)).provision(&bus).await?;
+        }
+        _ => {}
+    }
+    match of {
         Loop::Raw(raw) if raw.bare => {
             let same = B::PUBLISH.iter().find(|publish| publish.bare).ok_or("no such raw publish")?;
             broker.publish::<E>(*same, namespace, LIMITS, &filled).await?;
@@ -289,21 +299,39 @@ async fn consume<B: Broker, E: Sample>(
     match of {
         Loop::Raw(raw) => broker.consume::<E>(raw, namespace, LIMITS, meter).await?,
         Loop::Transport => poll::<E>(&transport, meter, ordering).await?,
-        _ => serve::<E>(&bus, meter, (ordering, workers)).await?,
+        _ => serve(&bus, service::<E>(&transport, meter, (ordering, workers)), meter).await?,
     }
     Ok(bus.close(Duration::from_secs(5)).await?)
 }
 
-async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, ordering: Ordering) -> Result<()> {
-    let spec = SubscriptionSpec {
-        name: SubscriptionName::new("bench.polled")?,
+/// What the transport's loop reads.
+fn polled<E: Sample>(transport: &Arc<dyn Transport>, ordering: Ordering) -> Result<SubscriptionSpec> {
+    Ok(SubscriptionSpec {
+        name: SubscriptionName::new(POLLED)?,
         topics: vec![Topic::new(E::TOPIC)?.into()],
         ordering,
-        start: Start::Beginning,
+        start: start(transport),
         max_in_flight: LIMITS.in_flight,
         max_hold: Duration::MAX,
-    };
-    let mut subscription = transport.subscribe(spec).await?;
+    })
+}
+
+/// Where there is a log the beginning, else what is published once the subscription exists.
+fn start(transport: &Arc<dyn Transport>) -> Start {
+    if transport.capabilities().start_beginning { Start::Beginning } else { Start::New }
+}
+
+/// Where there is no log, a queue has to be there before anything is published.
+async fn prepare<E: Sample>(transport: &Arc<dyn Transport>, ordering: Ordering) -> Result<()> {
+    if start(transport) == Start::New {
+        let subscriptions = vec![polled::<E>(transport, ordering)?];
+        transport.provision(&Topology { topics: Vec::new(), subscriptions }).await?;
+    }
+    Ok(())
+}
+
+async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, ordering: Ordering) -> Result<()> {
+    let mut subscription = transport.subscribe(polled::<E>(transport, ordering)?).await?;
     let mut polled = Polled::default();
     let mut more = true;
     while more {
@@ -318,10 +346,18 @@ async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, ordering
     check_settled(meter, subscription.close(Instant::now() + Duration::from_secs(10)).await.applied)
 }
 
-async fn serve<E: Sample>(bus: &Bus, meter: &Arc<Meter>, (ordering, workers): (Ordering, usize)) -> Result<()> {
+fn service<E: Sample>(
+    transport: &Arc<dyn Transport>,
+    meter: &Arc<Meter>,
+    (ordering, workers): (Ordering, usize),
+) -> Service {
     let config = SubscriptionConfig::default().concurrency(workers).max_in_flight(LIMITS.in_flight);
-    let config = config.ordering(ordering).start(Start::Beginning);
-    let running = Service::new("bench").state(Arc::clone(meter)).on_with(config, handled::<E>).start(bus).await?;
+    let config = config.ordering(ordering).start(start(transport));
+    Service::new("bench").state(Arc::clone(meter)).on_with(config, handled::<E>)
+}
+
+async fn serve(bus: &Bus, service: Service, meter: &Arc<Meter>) -> Result<()> {
+    let running = service.start(bus).await?;
     meter.over().await;
     check_settled(meter, running.drain(Duration::from_secs(10)).await.flushed.applied)
 }

@@ -3,7 +3,9 @@
 use crate::handler::encode;
 use crate::publish::{Failures, Load, Post, Sender, Terms};
 use crate::transport::{BoxFuture, Capabilities, Destination, Fate, Health, PublishFailure, Transport};
-use crate::{Clock, Error, ErrorKind, Event, EventStream, Events, Headers, Message, MessageId, Result, Text};
+use crate::{
+    Clock, Error, ErrorKind, Event, EventStream, Events, Headers, Message, MessageId, Result, SubscriptionName, Text,
+};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -278,6 +280,21 @@ impl Bus {
     /// Until when one publish may take.
     pub(crate) fn terms(&self, owed: bool) -> Terms {
         Terms { owed, deadline: Instant::now() + Duration::from_millis(self.0.config.publish_timeout_ms) }
+    }
+
+    /// Deletes a subscription that is no longer wanted, or that is to begin anew with other settings: its position, and all
+    /// that waits for it, retries included. Other subscriptions, topics and its dead letters stay. Returns whether there
+    /// was one.
+    ///
+    /// Stop its instances before: one that runs ends with an error, or creates it anew.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Denied`] where this is not allowed; those of a broker that cannot be reached.
+    ///
+    /// # Cancel safety
+    /// It may be deleted in part; call it again.
+    pub async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.0.transport.remove_subscription(subscription).await
     }
 
     /// Whether the broker can be used now; answers at once.

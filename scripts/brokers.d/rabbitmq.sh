@@ -98,8 +98,20 @@ rabbitmq_configure() {
 	vm_memory_high_watermark.absolute = 1GB
 	disk_free_limit.absolute = 50MB
 	END
-  echo '[rabbitmq_consistent_hash_exchange,rabbitmq_stream].' >enabled_plugins
+  # What a test wants beside it.
+  [[ ! -e extra.conf ]] || cat extra.conf >>rabbitmq.conf
+  echo '[rabbitmq_auth_mechanism_ssl,rabbitmq_consistent_hash_exchange,rabbitmq_stream].' >enabled_plugins
   echo '127.0.0.1 localhost' >hosts
+}
+
+# rabbitmq_tool PID COMMAND...: where the server is, in its name spaces.
+rabbitmq_tool() {
+  local spaces=(--mount --pid)
+  ((UID == 0)) || spaces+=(--user)
+  nsenter --target "$1" "${spaces[@]}" env -i PATH=/usr/sbin:/usr/bin HOME=/var/lib/rabbitmq LANG=C.UTF-8 \
+    RABBITMQ_NODENAME=tidings@localhost ERL_EPMD_PORT="$rabbitmq_epmd_port" \
+    RABBITMQ_ENABLED_PLUGINS_FILE=/var/lib/rabbitmq/enabled_plugins \
+    chroot "$(rabbitmq_home)" "/usr/lib/rabbitmq/bin/$2" "${@:3}"
 }
 
 rabbitmq_start() {

@@ -111,6 +111,10 @@ impl<T: Tamper> Transport for Wrapped<T> {
         Ok(self.tamper.dead_letters(subscription, self.inner.dead_letters(subscription).await?))
     }
 
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.inner.remove_subscription(subscription).await
+    }
+
     fn health(&self) -> Health {
         self.tamper.health(self.inner.health())
     }

@@ -84,6 +84,10 @@ impl Transport for Far {
         self.0.dead_letters(subscription).await
     }
 
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.0.remove_subscription(subscription).await
+    }
+
     fn health(&self) -> Health {
         self.0.health()
     }

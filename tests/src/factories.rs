@@ -147,8 +147,8 @@ impl Factory for Nats {
         let (url, started) = self.0.get()?;
         let mut config = NatsConfig::from_url(&url)?;
         namespace.clone_into(&mut config.namespace);
-        // What a dead instance left open comes back soon enough for a test.
-        config.ack_wait = std::time::Duration::from_secs(3);
+        // What a dead instance left open comes back soon enough for a test, and one on a loaded machine is not taken for dead.
+        config.ack_wait = std::time::Duration::from_secs(5);
         let unreachable = |e: std::io::Error| Error::new(ErrorKind::Connection, "no proxy").with_source(e);
         let server = config.servers[0].trim_start_matches("nats://").parse();
         let server = server.map_err(|_| Error::new(ErrorKind::Config, "the url has no ip address and port"))?;

@@ -102,6 +102,21 @@ impl Server {
         &self.url
     }
 
+    /// Where its data and settings are; RabbitMQ sees it as `/var/lib/rabbitmq`, and takes `extra.conf` there with its next start.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        self.state.join(self.broker)
+    }
+
+    /// Runs a tool of the broker's own, such as `rabbitmqctl`, and says what it said.
+    ///
+    /// # Errors
+    /// It fails, or the broker has none.
+    pub fn tool(&self, command: &[&str]) -> io::Result<String> {
+        let mut script = self.command("tool");
+        output(script.args(command))
+    }
+
     /// Kills it with -9; its data stays.
     ///
     /// # Errors
@@ -127,13 +142,17 @@ impl Server {
     }
 
     fn run(&self, what: &str) -> io::Result<String> {
+        output(&mut self.command(what))
+    }
+
+    fn command(&self, what: &str) -> Command {
         let mut command = script();
         command.args([what, self.broker]).env("TIDINGS_TEST_STATE", &self.state).envs(self.variables.iter().cloned());
         for broker in ["NATS", "RABBITMQ", "KAFKA"] {
             // Somebody's broker in the environment is not this test's.
             command.env_remove(format!("TIDINGS_TEST_{broker}_URL"));
         }
-        output(&mut command)
+        command
     }
 }
 

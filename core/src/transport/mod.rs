@@ -75,6 +75,14 @@ pub trait Transport: Send + Sync + 'static {
     /// The dead letters of a subscription; none of them need exist.
     async fn dead_letters(&self, subscription: &SubscriptionName) -> Result<Arc<dyn DeadLetters>>;
 
+    /// Deletes a subscription: its position, and what waits for it or was sent to its address. Its dead letters stay, and
+    /// so do the topics. Returns whether there was one.
+    ///
+    /// Behavior: when it returns, the name is free, for a subscription with other settings too; called again after a
+    /// failure, it deletes what was left. What is on its way to its address with a delay may still come to a successor.
+    /// Instances that are still open end with an error, or create it anew.
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool>;
+
     /// Whether the broker can be used now; answers at once.
     fn health(&self) -> Health;
 

@@ -17,6 +17,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
+use tidings_core::transport::Destination;
 use tidings_core::{Result, SubscriptionName};
 
 /// The files of one namespace; owned by the thread that works on them.
@@ -83,6 +84,29 @@ impl Store {
 
     pub(crate) fn is_subscription(&self, name: &SubscriptionName) -> Result<bool> {
         exists(&self.subscription(name).join("spec.json"))
+    }
+
+    /// Deletes what says that a subscription exists, and where it is.
+    pub(crate) fn remove_subscription(&self, name: &SubscriptionName) -> Result<()> {
+        let folder = self.subscription(name);
+        for file in ["state.json", "spec.json"] {
+            remove(&folder.join(file))?;
+        }
+        if exists(&folder)? { sync(&folder) } else { Ok(()) }
+    }
+
+    /// Deletes what the log has for the address of a subscription.
+    pub(crate) fn forget_address(&mut self, name: &SubscriptionName) -> Result<()> {
+        let to = Destination::Subscription(name.clone());
+        for position in numbers(&self.log())? {
+            let path = self.log_file(position);
+            if let Some(Ok(stored)) = read(&path)?
+                && stored.to == to
+            {
+                remove(&path)?;
+            }
+        }
+        self.sync_log()
     }
 
     pub(crate) fn log_file(&self, position: u64) -> PathBuf {
@@ -240,6 +264,13 @@ pub(crate) fn create_folder(folder: &Path) -> Result<()> {
     }
     fs::create_dir_all(folder).map_err(failed(folder))?;
     folder.parent().filter(|parent| !parent.as_os_str().is_empty()).map_or(Ok(()), sync)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(path)(error)),
+        _ => Ok(()),
+    }
 }
 
 fn exists(path: &Path) -> Result<bool> {

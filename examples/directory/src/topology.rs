@@ -4,7 +4,7 @@ use crate::error::{damaged, error, mismatch};
 use crate::store::{Store, create_folder, read_bytes, sync};
 use serde::{Deserialize, Serialize};
 use tidings_core::transport::{Ordering, Start, SubscriptionSpec, TopicSpec, Topology};
-use tidings_core::{ErrorKind, Result};
+use tidings_core::{ErrorKind, Result, SubscriptionName};
 
 /// What a subscription is created with, and must be opened with again: the file `spec.json`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ impl Terms {
             return Err(mismatch("ordering of the subscription", self.ordering, asked.ordering));
         }
         if self.start != asked.start {
-            let what = "start of the subscription, decided when it was created (`reset` creates it anew)";
+            let what = "start of the subscription, decided when it was created (`Bus::remove_subscription` lets it begin anew)";
             return Err(mismatch(what, self.start, asked.start));
         }
         Ok(())
@@ -99,5 +99,16 @@ pub(crate) fn subscription(store: &mut Store, spec: &SubscriptionSpec) -> Result
         store.write(&folder, "spec.json", &serde_json::to_vec_pretty(&terms).unwrap_or_default())?;
         store.sync()?;
         Ok(from)
+    })
+}
+
+/// Deletes a subscription, and what the log has for its address; whether there was one. It lasts.
+pub(crate) fn remove(store: &mut Store, name: &SubscriptionName) -> Result<bool> {
+    store.move_due()?;
+    store.locked(|store| {
+        let found = store.is_subscription(name)?;
+        store.forget_address(name)?;
+        store.remove_subscription(name)?;
+        Ok(found)
     })
 }

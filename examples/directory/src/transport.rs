@@ -129,6 +129,11 @@ impl Transport for DirectoryTransport {
         Ok(Arc::new(DirectoryDeadLetters { link: Arc::clone(&self.link), name: subscription.clone() }))
     }
 
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        let name = subscription.clone();
+        self.link.queue.ask("remove", move |disk| topology::remove(&mut disk.store, &name)).await
+    }
+
     fn health(&self) -> Health {
         self.link.queue.health()
     }

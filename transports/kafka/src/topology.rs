@@ -20,6 +20,8 @@ use tokio::time::{Instant, sleep};
 pub(crate) const RUNGS: u32 = 15;
 /// The shortest of them.
 pub(crate) const FIRST_RUNG: Duration = Duration::from_millis(250);
+/// Between looks at what the brokers do not know yet.
+const AGAIN: Duration = Duration::from_millis(10);
 /// The partition behind those, which holds what the subscription was created with.
 pub(crate) const TERMS: i32 = RUNGS as i32;
 
@@ -61,7 +63,7 @@ impl Terms {
         }
         if self.start != asked.start {
             let why = format!(
-                "start: it was created with {:?}, asked for was {:?}; where it starts is decided once; reset it to start anew",
+                "start: it was created with {:?}, asked for was {:?}; where it starts is decided once (`Bus::remove_subscription` lets it begin anew)",
                 self.start, asked.start
             );
             return Err(error(ErrorKind::Mismatch, why));
@@ -218,7 +220,7 @@ impl Catalog {
                 let why = "the topic was created, and no broker serves it yet";
                 return Err(error(ErrorKind::Timeout, why).with_context("topic", name));
             }
-            sleep(Duration::from_millis(10)).await;
+            sleep(AGAIN).await;
         }
     }
 
@@ -278,6 +280,61 @@ impl Catalog {
     pub(crate) async fn exists(self: &Arc<Self>, name: &SubscriptionName) -> Result<bool> {
         let address = self.names.address(name);
         Ok(blocking(self, move |catalog| catalog.partitions(&address)).await?.is_some())
+    }
+
+    /// Deletes a subscription; the topic that says that it exists goes last.
+    pub(crate) async fn remove(self: &Arc<Self>, name: &SubscriptionName) -> Result<bool> {
+        let (address, later) = (self.names.address(name), self.names.later(name));
+        let looked_up = later.clone();
+        if blocking(self, move |catalog| catalog.partitions(&looked_up)).await?.is_none() {
+            return Ok(false);
+        }
+        if self.config.provision != Provision::Create {
+            let why = "nothing may be created or deleted; say `provision = \"create\"`";
+            return Err(error(ErrorKind::Denied, why));
+        }
+        self.delete_group(&self.names.group(name)).await?;
+        self.delete_topic(address).await?;
+        self.delete_topic(later).await?;
+        Ok(true)
+    }
+
+    /// Deletes a group; who has just left it may still be counted.
+    async fn delete_group(&self, group: &str) -> Result<()> {
+        let (why, deadline) = ("the group cannot be deleted", Instant::now() + self.timeout());
+        loop {
+            let deleted = self.admin.delete_groups(&[group], &self.options()).await.map_err(|e| failed(why, e))?;
+            match deleted.into_iter().next() {
+                Some(Err((_, Code::NonEmptyGroup))) if Instant::now() < deadline => sleep(AGAIN).await,
+                Some(Err((_, Code::NonEmptyGroup))) => {
+                    let why = "an instance of the subscription is open; stop all of them before";
+                    return Err(error(ErrorKind::Refused, why));
+                }
+                None | Some(Ok(_) | Err((_, Code::GroupIdNotFound))) => return Ok(()),
+                Some(Err((_, refused))) => return Err(code(why, refused)),
+            }
+        }
+    }
+
+    /// Deletes a topic and waits until the brokers do not know it any more.
+    async fn delete_topic(self: &Arc<Self>, name: String) -> Result<()> {
+        let (why, deadline) = ("a topic cannot be deleted", Instant::now() + self.timeout());
+        let deleted = self.admin.delete_topics(&[name.as_str()], &self.options()).await;
+        match deleted.map_err(|e| failed(why, e))?.into_iter().next() {
+            None | Some(Ok(_) | Err((_, Code::UnknownTopicOrPartition | Code::UnknownTopic))) => {}
+            Some(Err((_, refused))) => return Err(code(why, refused).with_context("topic", name)),
+        }
+        loop {
+            let looked_up = name.clone();
+            if blocking(self, move |catalog| catalog.partitions(&looked_up)).await?.is_none() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let why = "the topic was deleted, and brokers still know it";
+                return Err(error(ErrorKind::Timeout, why).with_context("topic", name));
+            }
+            sleep(AGAIN).await;
+        }
     }
 
     /// Checks a topic; whether it is to be created.

@@ -214,6 +214,12 @@ impl Transport for KafkaTransport {
         Ok(Arc::new(KafkaDeadLetters::new(&self.catalog, &self.outbox, subscription)))
     }
 
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.check().map_err(|error| error.with_operation("remove"))?;
+        let removed = self.catalog.remove(subscription).await;
+        removed.map_err(|error| error.with_operation("remove").with_context("subscription", subscription))
+    }
+
     fn health(&self) -> Health {
         self.link.health()
     }

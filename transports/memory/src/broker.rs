@@ -371,10 +371,16 @@ impl State {
     fn end_replays(&mut self) {
         let over = |(key, group): (usize, &Group)| (group.replay.is_some() && group.is_empty()).then_some(key);
         while let Some(key) = self.groups.iter().find_map(over) {
-            self.groups.remove(key).drain(&mut self.log);
-            self.topics.iter_mut().for_each(|topic| topic.groups.retain(|group| *group != key));
+            self.remove_group(key);
         }
         self.admit_waiting();
+    }
+
+    pub(crate) fn remove_group(&mut self, key: usize) {
+        let mut group = self.groups.remove(key);
+        group.leave_all(|_| true, &self.log);
+        group.drain(&mut self.log);
+        self.topics.iter_mut().for_each(|topic| topic.groups.retain(|group| *group != key));
     }
 
     pub(crate) fn lose_leases(&mut self, space: usize, name: &SubscriptionName, wait: Option<Instant>) -> Result<()> {
@@ -412,7 +418,7 @@ impl State {
             client.waited();
         }
         let log = &self.log;
-        self.groups.iter_mut().for_each(|(_, group)| group.leave_all(client.id, log));
+        self.groups.iter_mut().for_each(|(_, group)| group.leave_all(|member| member == client.id, log));
         self.end_replays();
         refused
     }

@@ -469,9 +469,9 @@ impl Group {
         member.flushed
     }
 
-    /// All instances of one transport; their polls fail from now on.
-    pub(crate) fn leave_all(&mut self, client: u64, log: &Log) {
-        let theirs: Vec<_> = self.members.iter().filter(|(_, m)| m.client == client).map(|(key, _)| key).collect();
+    /// All instances of some transports; their polls fail from now on.
+    pub(crate) fn leave_all(&mut self, of: impl Fn(u64) -> bool, log: &Log) {
+        let theirs: Vec<_> = self.members.iter().filter(|(_, m)| of(m.client)).map(|(key, _)| key).collect();
         for key in theirs {
             self.leave(key, log, None, false);
         }

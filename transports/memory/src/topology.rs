@@ -6,7 +6,7 @@ use crate::group::{Group, Joining, Terms};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use tidings_core::transport::{Ordering, ReplayFrom, ReplaySpec, Start, SubscriptionSpec, TopicSpec, Topology};
-use tidings_core::{ErrorKind, Result, Topic};
+use tidings_core::{ErrorKind, Result, SubscriptionName, Topic};
 
 impl Terms {
     /// What a subscription is created with; the order and repetition of its topics mean nothing.
@@ -26,7 +26,7 @@ impl Terms {
             return Err(mismatch("ordering of the subscription", self.ordering, asked.ordering));
         }
         if self.start != asked.start {
-            let what = "start of the subscription, decided when it was created (`reset` creates it anew)";
+            let what = "start of the subscription, decided when it was created (`Bus::remove_subscription` lets it begin anew)";
             return Err(mismatch(what, self.start, asked.start));
         }
         Ok(())
@@ -117,6 +117,14 @@ impl State {
             self.catch_up(key, ReplayFrom::Beginning, None);
         }
         Ok(key)
+    }
+
+    /// Forgets a subscription, with what waits for it; whether there was one.
+    pub(crate) fn remove(&mut self, space: usize, name: &SubscriptionName) -> bool {
+        let Some(group) = self.spaces[space].groups.remove(name) else { return false };
+        self.remove_group(group);
+        self.admit_waiting();
+        true
     }
 
     /// Adds a group, which is handed what is published from now on if it `follows`.

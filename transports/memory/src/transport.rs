@@ -217,6 +217,11 @@ impl Transport for MemoryTransport {
         Ok(Arc::new(MemoryDeadLetters { broker, client, name: subscription.clone() }))
     }
 
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.client.check().map_err(|error| error.with_operation("remove"))?;
+        Ok(self.broker().lock().remove(self.client.space, subscription))
+    }
+
     fn health(&self) -> Health {
         let waiting = self.client.waiting.load(SeqCst);
         if self.client.closed.load(SeqCst) {

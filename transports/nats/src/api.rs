@@ -1,14 +1,17 @@
 //! Requests to the server's JetStream API.
 
+use crate::connection::{Link, connects};
 use crate::error::{ApiError, Failure, error, timed_out};
 use crate::{error as errors, wire};
 use async_nats::header::HeaderMap;
-use async_nats::{Client, RequestErrorKind, StatusCode};
+use async_nats::{Client, RequestError, RequestErrorKind, StatusCode};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
+use std::future::Future;
 use std::time::{Duration, SystemTime};
 use tidings_core::{Error, ErrorKind, Result, from_rfc3339};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// The API, as one connection sees it.
@@ -18,6 +21,7 @@ pub(crate) struct Api {
     /// `$JS.API`, or that of a domain.
     prefix: String,
     timeout: Duration,
+    connected: watch::Receiver<bool>,
 }
 
 /// A message that the server has stored.
@@ -31,14 +35,32 @@ pub(crate) struct Stored {
 }
 
 impl Api {
-    pub(crate) fn new(client: Client, domain: Option<&str>, timeout: Duration) -> Self {
+    pub(crate) fn new(client: Client, link: &Link, domain: Option<&str>, timeout: Duration) -> Self {
         let prefix = domain.map_or_else(|| "$JS.API".to_owned(), |domain| format!("$JS.{domain}.API"));
-        Self { client, prefix, timeout }
+        Self { client, prefix, timeout, connected: link.connected.subscribe() }
     }
 
-    /// The same, for requests that are made again soon if they are not answered.
+    /// The same, with less time for each request.
     pub(crate) fn impatient(&self, timeout: Duration) -> Self {
         Self { timeout: timeout.min(self.timeout), ..self.clone() }
+    }
+
+    /// Asks, and asks again whenever the connection was lost meanwhile: an answer that was on its way is lost, or comes only
+    /// in part. Nothing that is asked here does harm when it is done twice.
+    async fn ask<T, F: Future<Output = T>>(&self, request: &str, mut attempt: impl FnMut() -> F) -> Result<T> {
+        let mut connected = self.connected.clone();
+        let asking = async {
+            loop {
+                connected.wait_for(|connected| *connected).await.map_err(|_| errors::closed())?;
+                let before = connects(&self.client);
+                tokio::select! {
+                    answer = attempt() => if connects(&self.client) == before { return Ok(answer) },
+                    changed = connected.changed() => changed.map_err(|_| errors::closed())?,
+                }
+            }
+        };
+        let answer = timeout(self.timeout, asking).await;
+        answer.map_err(|_| timed_out("the server did not answer in time").with_context("request", request))?
     }
 
     pub(crate) fn subject(&self, call: &str) -> String {
@@ -57,29 +79,22 @@ impl Api {
         }
     }
 
-    async fn request(
+    /// One request to any subject.
+    pub(crate) async fn request(
         &self,
         subject: String,
         headers: Option<HeaderMap>,
         payload: Bytes,
     ) -> Result<async_nats::Message> {
-        let request = async_nats::Request::new().payload(payload).timeout(None);
-        let request = match headers {
-            Some(headers) => request.headers(headers),
-            None => request,
-        };
-        let answer = timeout(self.timeout, self.client.send_request(subject, request)).await;
-        let answer = answer.map_err(|_| timed_out("the server did not answer in time"))?;
-        answer.map_err(|failed| {
-            let (kind, why) = match failed.kind() {
-                RequestErrorKind::NoResponders => {
-                    (ErrorKind::Connection, "JetStream does not answer; it is off, or has no leader now")
-                }
-                RequestErrorKind::TimedOut => (ErrorKind::Timeout, "the server did not answer in time"),
-                _ => (ErrorKind::Connection, "the request could not be sent"),
+        let attempt = || {
+            let request = async_nats::Request::new().payload(payload.clone()).timeout(None);
+            let request = match &headers {
+                Some(headers) => request.headers(headers.clone()),
+                None => request,
             };
-            error(kind, why).with_source(failed)
-        })
+            self.client.send_request(subject.clone(), request)
+        };
+        self.ask(&subject, attempt).await?.map_err(unsent)
     }
 
     /// Publishes one message and waits until it is stored; its sequence.
@@ -90,27 +105,25 @@ impl Api {
 
     /// The newest messages of all subjects that these filters match.
     pub(crate) async fn newest(&self, stream: &str, filters: &[String]) -> Result<Vec<Stored>, Failure> {
-        let inbox = self.client.new_inbox();
-        let unreachable =
-            |e| Failure::Other(error(ErrorKind::Connection, "the request could not be sent").with_source(e));
-        let mut answers = self.client.subscribe(inbox.clone()).await.map_err(unreachable)?;
-        let body = json!({ "multi_last": filters, "batch": 1000 }).to_string();
         let call = self.subject(&format!("DIRECT.GET.{stream}"));
-        self.client.publish_with_reply(call, inbox, body.into()).await.map_err(errors::publish)?;
+        let body = Bytes::from(json!({ "multi_last": filters, "batch": 1000 }).to_string());
+        self.ask(&call, || self.batch(call.clone(), body.clone())).await?
+    }
+
+    /// One request that is answered by many messages.
+    async fn batch(&self, call: String, body: Bytes) -> Result<Vec<Stored>, Failure> {
+        let inbox = self.client.new_inbox();
+        let unreachable = |e| error(ErrorKind::Connection, "the request could not be sent").with_source(e);
+        let mut answers = self.client.subscribe(inbox.clone()).await.map_err(unreachable)?;
+        self.client.publish_with_reply(call, inbox, body).await.map_err(errors::publish)?;
         let mut found = Vec::new();
-        let all = async {
-            while let Some(answer) = answers.next().await {
-                match answer.status {
-                    None | Some(StatusCode::OK) => found.extend(stored(answer)),
-                    Some(code) => return end_of_batch(code, answer.description),
-                }
+        while let Some(answer) = answers.next().await {
+            match answer.status {
+                None | Some(StatusCode::OK) => found.extend(stored(answer)),
+                Some(code) => return end_of_batch(code, answer.description).map(|()| found),
             }
-            Err(Failure::Other(errors::closed()))
-        };
-        match timeout(self.timeout, all).await {
-            Ok(ended) => ended.map(|()| found),
-            Err(_) => Err(timed_out("the server did not answer in time").into()),
         }
+        Err(Failure::Other(errors::closed()))
     }
 
     /// The first message of `subject` at or after a sequence.
@@ -130,6 +143,16 @@ impl Api {
             Err(failure) => Err(failure.into()),
         }
     }
+}
+
+fn unsent(failed: RequestError) -> Error {
+    let (kind, why) = match failed.kind() {
+        RequestErrorKind::NoResponders => {
+            (ErrorKind::Connection, "JetStream does not answer; it is off, or has no leader now")
+        }
+        _ => (ErrorKind::Connection, "the request could not be sent"),
+    };
+    error(kind, why).with_source(failed)
 }
 
 /// How an answer with a status ends a batch: 204 is the end, 404 says that there is nothing.

@@ -93,10 +93,10 @@ pub(crate) async fn open(config: &NatsConfig) -> Result<(Api, Arc<Link>)> {
         .await
         .map_err(|_| timed_out("the server did not answer in time").with_operation("connect"))?
         .map_err(connect)?;
-    let api = Api::new(client, config.domain.as_deref(), config.request_timeout.min(config.connect_timeout));
-    check_server(&api).await.map_err(|error| error.with_operation("connect"))?;
+    let api = Api::new(client, &link, config.domain.as_deref(), config.request_timeout);
+    check_server(&api.impatient(config.connect_timeout)).await.map_err(|error| error.with_operation("connect"))?;
     link.events.tell(BusEvent::Connected);
-    Ok((Api::new(api.client, config.domain.as_deref(), config.request_timeout), link))
+    Ok((api, link))
 }
 
 async fn check_server(api: &Api) -> Result<()> {
@@ -186,9 +186,9 @@ async fn log_in(options: ConnectOptions, config: &NatsConfig) -> Result<ConnectO
     }
     if let Some(path) = &config.credentials_file {
         let credentials = secret("credentials_file", Some(&Secret::from_file(path)))?.unwrap_or_default();
-        // What is wrong with it is not said: it would quote it.
+        // The client wants the last line ended, which a secret's is not. What is wrong with it is not said: it would quote it.
         options = options
-            .credentials(&credentials)
+            .credentials(&format!("{credentials}\n"))
             .map_err(|_| invalid("the credentials file cannot be read").with_context("file", path.display()))?;
     }
     Ok(options)

@@ -41,6 +41,7 @@ struct Member {
 
 #[derive(Serialize, Deserialize)]
 struct Claim {
+    /// Empty if nobody owns it.
     owner: String,
 }
 
@@ -67,8 +68,6 @@ struct Ownership {
     rank: u64,
     slots: u32,
     owned: BTreeMap<u32, Owned>,
-    /// A request that a cut has swallowed must not cost what is owned.
-    api: Api,
     /// When it was last told that this instance lives.
     told: Instant,
     /// The last round has failed.
@@ -113,7 +112,6 @@ pub(crate) async fn start(instance: &Arc<Instance>, parts: Vec<Part>) -> Result<
     let listening = |e| error(ErrorKind::Connection, "cannot listen to the bucket").with_source(e);
     let claims = client.subscribe(claims).await.map_err(listening)?;
     let topics = client.subscribe(catalog.names.topic_key(">")).await.map_err(listening)?;
-    let api = catalog.api.impatient((patience(catalog) / 5).max(Duration::from_millis(250)));
     let (instance_, told) = (Arc::clone(instance), Instant::now());
     let mut ownership = Ownership {
         instance: instance_,
@@ -122,7 +120,6 @@ pub(crate) async fn start(instance: &Arc<Instance>, parts: Vec<Part>) -> Result<
         rank: 0,
         slots,
         owned: BTreeMap::new(),
-        api,
         told,
         failed: false,
         rounds: 0,
@@ -140,6 +137,15 @@ fn patience(catalog: &Catalog) -> Duration {
 impl Ownership {
     fn catalog(&self) -> &Catalog {
         &self.instance.catalog
+    }
+
+    /// An owner has no longer for a request than it may keep what it owns.
+    fn api(&self) -> Api {
+        let (api, patience) = (&self.catalog().api, patience(self.catalog()));
+        if self.owned.is_empty() {
+            return api.clone();
+        }
+        api.impatient(patience.saturating_sub(self.told.elapsed()).max(patience / 5))
     }
 
     fn link(&self) -> &Link {
@@ -162,7 +168,7 @@ impl Ownership {
             headers.insert(wire::TTL, ttl);
         }
         let key = self.catalog().names.member_key(&self.instance.spec.name, &self.name);
-        let sequence = self.api.store(&key, headers, written(&member)?.into()).await?;
+        let sequence = self.api().store(&key, headers, written(&member)?.into()).await?;
         self.told = begun;
         Ok(sequence)
     }
@@ -236,7 +242,7 @@ impl Ownership {
         let names = &self.catalog().names;
         let (members, claims) =
             (names.member_key(&self.instance.spec.name, "*"), names.claim_key(&self.instance.spec.name, "*"));
-        let stored = self.api.newest(&names.bucket_stream(), &[members.clone(), claims.clone()]).await?;
+        let stored = self.api().newest(&names.bucket_stream(), &[members.clone(), claims.clone()]).await?;
         let now = stored
             .iter()
             .filter(|s| s.subject.ends_with(&self.name))
@@ -278,6 +284,8 @@ impl Ownership {
             (Some((owner, revision)), false) if mine && (*owner == self.name || !picture.living.contains(owner)) => {
                 self.claim(slot, *revision).await?;
             }
+            // Lost, or handed on in part: no other takes it from one that lives.
+            (Some((owner, revision)), false) if *owner == self.name => self.free(slot, *revision).await?,
             _ => {}
         }
         Ok(())
@@ -286,7 +294,7 @@ impl Ownership {
     async fn claim(&mut self, slot: u32, last: u64) -> Result<(), Failure> {
         let key = self.catalog().names.claim_key(&self.instance.spec.name, &slot.to_string());
         let claim = written(&Claim { owner: self.name.clone() })?;
-        let revision = match self.api.store(&key, expecting(last), claim.into()).await {
+        let revision = match self.api().store(&key, expecting(last), claim.into()).await {
             Ok(revision) => revision,
             // Another instance was faster.
             Err(failure) if failure.is(ApiError::WRONG_LAST_SEQUENCE) => return Ok(()),
@@ -361,14 +369,18 @@ impl Ownership {
         for stream in plans {
             self.catalog().unpin(&stream, &consumer).await?;
         }
-        let key = self.catalog().names.claim_key(&self.instance.spec.name, &slot.to_string());
         tracing::debug!(slot, revision = owned.revision, "a slot is handed on");
-        self.catalog().forget(&key).await?;
-        // Who waits for it listens for writes, and a purge is none.
-        let client = &self.catalog().api.client;
-        let _ =
-            client.publish(self.catalog().names.claim_key(&self.instance.spec.name, "free"), bytes::Bytes::new()).await;
-        Ok(())
+        self.free(slot, owned.revision).await
+    }
+
+    /// Writes that nobody owns a slot, unless somebody was faster.
+    async fn free(&self, slot: u32, revision: u64) -> Result<(), Failure> {
+        let key = self.catalog().names.claim_key(&self.instance.spec.name, &slot.to_string());
+        let claim = written(&Claim { owner: String::new() })?;
+        match self.api().store(&key, expecting(revision), claim.into()).await {
+            Err(failure) if failure.is(ApiError::WRONG_LAST_SEQUENCE) => Ok(()),
+            freed => freed.map(drop),
+        }
     }
 
     fn lose(&mut self, slot: u32) {

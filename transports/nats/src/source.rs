@@ -3,7 +3,7 @@
 use crate::api::number;
 use crate::config::Provision;
 use crate::connection::connects;
-use crate::error::{Failure, error};
+use crate::error::{Failure, error, publish};
 use crate::state::{Recovery, SourceId, place};
 use crate::subscription::Instance;
 use crate::topology::{ConsumerPlan, GROUP};
@@ -26,6 +26,8 @@ const BATCH: usize = 500;
 const LOOK: Duration = Duration::from_secs(2);
 /// Between notes of what was read.
 const NOTE: Duration = Duration::from_secs(60);
+/// Gives a message back.
+const NAK: &str = "-NAK";
 /// Between looks at what a former owner has left open.
 const RECOVERING: Duration = Duration::from_millis(250);
 
@@ -460,7 +462,7 @@ impl Driver {
         let (info, pending) = self.pending().await?;
         let pinned = info.pointer("/priority_groups/0/pinned_client_id").and_then(Value::as_str);
         if pending > 0 && pinned.is_some() && pinned == self.pin.as_deref() {
-            self.ask_for_missing(&info).await;
+            self.ask_for_missing(&info).await?;
         }
         let mut state = self.instance.state.lock();
         if let Some(source) = state.sources.get_mut(&self.id) {
@@ -472,14 +474,19 @@ impl Driver {
     }
 
     /// Gives back what the server has sent to this client, still its owner, and what is not here. The server ignores what is
-    /// said of positions that are not pending.
-    async fn ask_for_missing(&self, info: &Value) {
+    /// said of positions that are not pending. It handles requests for messages beside that: asked before all is given
+    /// back, it would send newer ones instead, and these fill the window until what is missing was not acked in time.
+    async fn ask_for_missing(&self, info: &Value) -> Result<(), Failure> {
         let positions = number(info, "/ack_floor/stream_seq") + 1..=number(info, "/delivered/stream_seq");
         let lost = self.instance.state.lock().lost(self.id, positions, number(info, "/delivered/consumer_seq"));
-        for reply in lost {
-            // Else it comes when it was not acked in time.
-            let _ = self.instance.catalog.api.client.publish(reply, "-NAK".into()).await;
+        let api = &self.instance.catalog.api;
+        let Some((last, others)) = lost.split_last() else { return Ok(()) };
+        for reply in others {
+            api.client.publish(reply.clone(), NAK.into()).await.map_err(publish)?;
         }
+        // Its answer stands for all before it.
+        api.request(last.to_string(), None, NAK.into()).await?;
+        Ok(())
     }
 
     /// What the server says of the consumer, and how many messages at the most are pending there and not here.

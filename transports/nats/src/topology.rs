@@ -138,7 +138,7 @@ impl Terms {
             return Err(mismatch("ordering of the subscription", ordering, self.ordering));
         }
         if start != self.start {
-            let what = "start of the subscription, decided when it was created (`reset` creates it anew)";
+            let what = "start of the subscription, decided when it was created (`Bus::remove_subscription` lets it begin anew)";
             return Err(mismatch(what, start, self.start));
         }
         Ok(())
@@ -275,8 +275,10 @@ impl Catalog {
             partly = Some(stream);
         }
         if let Some(stream) = partly {
-            let why =
-                format!("a stream holds only a part of `{subject}`; what the rest is published to would never arrive");
+            let why = format!(
+                "a stream holds only a part of `{subject}`, and what is published to the rest would never arrive; subscribe to a \
+                 pattern for each stream"
+            );
             return Err(error(ErrorKind::Mismatch, why).with_context("stream", stream.name));
         }
         if !create {
@@ -463,6 +465,63 @@ impl Catalog {
             Err(failure) if failure.is_not_found() => Ok(false),
             Err(failure) => Err(failure.into()),
         }
+    }
+
+    /// Deletes a subscription; the first consumer of its address, which says that it exists and what it reads, goes last.
+    pub(crate) async fn remove(&self, name: &SubscriptionName) -> Result<bool> {
+        let addresses = self.names.address_stream();
+        let slots = self.slots_of(name).await?;
+        if slots == 0 {
+            return Ok(false);
+        }
+        if self.provision != Provision::Create {
+            let why = "nothing may be created or deleted; say `provision = \"create\"`";
+            return Err(error(ErrorKind::Denied, why));
+        }
+        let mut streams = self.streams_of(name).await?;
+        let purge = json!({ "filter": self.names.address(name, "*") });
+        self.api.call(&format!("STREAM.PURGE.{addresses}"), &purge).await?;
+        for key in [self.names.member_key(name, "*"), self.names.claim_key(name, "*")] {
+            self.forget(&key).await?;
+        }
+        streams.push(addresses);
+        for slot in (0..slots).rev() {
+            self.remove_slot(&streams, &self.names.consumer(name, slot)).await?;
+        }
+        Ok(true)
+    }
+
+    /// How many slots a subscription has; 0 if it does not exist.
+    async fn slots_of(&self, name: &SubscriptionName) -> Result<u32> {
+        let addresses = self.names.address_stream();
+        for slot in 0.. {
+            match self.consumer(&addresses, &self.names.consumer(name, slot)).await {
+                Ok(_) => {}
+                Err(failure) if failure.is_not_found() => return Ok(slot),
+                Err(failure) => return Err(failure.into()),
+            }
+        }
+        Ok(u32::MAX)
+    }
+
+    /// Where a subscription reads, its address aside.
+    async fn streams_of(&self, name: &SubscriptionName) -> Result<Vec<String>> {
+        let found = self.consumer(&self.names.address_stream(), &self.names.consumer(name, 0)).await?;
+        let topics = found["config"]["metadata"]["tidings-topics"].as_str().unwrap_or_default();
+        let patterns = topics.split(',').map(TopicPattern::new).collect::<Result<Vec<_>>>()?;
+        let parts = self.parts(&patterns, false).await?;
+        Ok(parts.into_iter().map(|part| part.stream.name).collect())
+    }
+
+    async fn remove_slot(&self, streams: &[String], consumer: &str) -> Result<()> {
+        for stream in streams {
+            self.forget(&self.names.read_key(stream, consumer)).await?;
+            match self.api.call(&format!("CONSUMER.DELETE.{stream}.{consumer}"), &Value::Null).await {
+                Err(failure) if !failure.is_not_found() => return Err(failure.into()),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// The streams of a subscription or replay, and what is read from each.

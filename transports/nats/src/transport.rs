@@ -134,6 +134,12 @@ impl Transport for NatsTransport {
         Ok(Arc::new(NatsDeadLetters { catalog, link, name: subscription.clone() }))
     }
 
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.check().map_err(|error| error.with_operation("remove"))?;
+        let removed = self.catalog.remove(subscription).await;
+        removed.map_err(|error| error.with_operation("remove").with_context("subscription", subscription))
+    }
+
     fn health(&self) -> Health {
         self.link.health()
     }

@@ -1,6 +1,8 @@
 //! What only a server of its own can show: refused and wrong connections, and what is deleted under a subscription.
 #![allow(clippy::unwrap_used)]
 
+use base64::Engine;
+use futures_util::StreamExt;
 use std::future::poll_fn;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -8,7 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use tidings_core::transport::{
-    Delivery, Destination, Fate, Ordering, Polled, Start, Subscription, SubscriptionSpec, Transport, submit_and_wait,
+    Delivery, Destination, Fate, Ordering, Polled, Start, Subscription, SubscriptionSpec, TopicSpec, Topology,
+    Transport, submit_and_wait,
 };
 use tidings_core::{Error, ErrorKind, Message, MessageId, SubscriptionName, Topic, TopicPattern};
 use tidings_nats::{NatsConfig, NatsTransport, Provision};
@@ -37,7 +40,7 @@ impl Server {
         let dir = std::env::temp_dir().join(format!("tidings-nats-{}-{port}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let file = dir.join("server.conf");
-        std::fs::write(&file, config.replace("DIR", dir.to_str().unwrap())).unwrap();
+        std::fs::write(&file, config.replace("DIR/", &format!("{}/", dir.display()))).unwrap();
         let mut command = Command::new(binary());
         command.args(["-a", "127.0.0.1", "-p", &port.to_string(), "-c"]).arg(&file);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -152,6 +155,58 @@ async fn credentials_are_checked() {
     assert_eq!(refused(other).await.kind(), ErrorKind::Denied);
 }
 
+/// A JWT as the server's tools write it: by `issuer`, about `subject`.
+fn jwt(issuer: &nkeys::KeyPair, subject: &str, nats: &serde_json::Value) -> String {
+    let encode = |text: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
+    let claims = serde_json::json!({ "jti": subject, "iat": 1, "iss": issuer.public_key(), "name": "test", "sub": subject, "nats": nats });
+    let signed =
+        [r#"{"typ":"JWT","alg":"ed25519-nkey"}"#, &claims.to_string()].map(|part| encode(part.as_bytes())).join(".");
+    format!("{signed}.{}", encode(&issuer.sign(signed.as_bytes()).unwrap()))
+}
+
+/// What a `.creds` file holds.
+fn credentials(account: &nkeys::KeyPair, user: &nkeys::KeyPair) -> String {
+    let jwt = jwt(
+        account,
+        &user.public_key(),
+        &serde_json::json!({ "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 }),
+    );
+    let seed = user.seed().unwrap();
+    format!(
+        "-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n\
+         -----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+    )
+}
+
+#[tokio::test]
+async fn a_credentials_file_is_checked() {
+    let operator = nkeys::KeyPair::new_operator();
+    let [system, account, other] = std::array::from_fn(|_| nkeys::KeyPair::new_account());
+    let limits = serde_json::json!({ "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "conn": -1,
+        "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1, "wildcards": true });
+    let about = |kind: &str, key: &nkeys::KeyPair| {
+        jwt(&operator, &key.public_key(), &serde_json::json!({ "type": kind, "version": 2, "limits": limits }))
+    };
+    let unlimited = jwt(&operator, &system.public_key(), &serde_json::json!({ "type": "account", "version": 2 }));
+    let server = Server::with_streams(&format!(
+        "operator: {}\nresolver: MEMORY\nsystem_account: {}\nresolver_preload: {{ {}: {unlimited}, {}: {} }}",
+        about("operator", &operator),
+        system.public_key(),
+        system.public_key(),
+        account.public_key(),
+        about("account", &account),
+    ));
+    let file = std::env::temp_dir().join(format!("tidings-nats-{}.creds", std::process::id()));
+    let with = |by: &nkeys::KeyPair| {
+        std::fs::write(&file, credentials(by, &nkeys::KeyPair::new_user())).unwrap();
+        NatsConfig { credentials_file: Some(file.clone()), ..server.config() }
+    };
+    assert_eq!(refused(server.config()).await.kind(), ErrorKind::Denied);
+    assert_eq!(refused(with(&other)).await.kind(), ErrorKind::Denied);
+    publish(&*connect(with(&account)).await, "1").await;
+    std::fs::remove_file(&file).unwrap();
+}
+
 #[tokio::test]
 async fn a_token_is_checked() {
     let server = Server::with_streams("authorization { token: \"s3cret\" }");
@@ -248,6 +303,35 @@ async fn what_is_deleted_under_a_subscription_is_built_again() {
     }
 }
 
+/// As one that was cut off for too long: its claim stands, it reads nothing, and it lives.
+#[tokio::test]
+async fn a_slot_that_its_owner_has_lost_is_handed_on() {
+    let server = Server::with_streams("");
+    let [one, two] = [connect(server.config()).await, connect(server.config()).await];
+    let mut orders = TopicSpec::new(topic("shop.order"));
+    orders.slots = 2;
+    one.provision(&Topology { topics: vec![orders], subscriptions: Vec::new() }).await.unwrap();
+    let client = one.native().downcast_ref::<async_nats::Client>().unwrap();
+    let mut claims = client.subscribe("$KV.*.owner.crm.*").await.unwrap();
+    let mut claim = async || timeout(PATIENCE, claims.next()).await.expect("a claim").unwrap();
+    let _first = one.subscribe(spec(&["shop.order"], Ordering::Key)).await.unwrap();
+    let lost = claim().await.payload;
+    let _second = two.subscribe(spec(&["shop.order"], Ordering::Key)).await.unwrap();
+    let taken = loop {
+        let claim = claim().await;
+        if claim.payload != lost && claim.payload != r#"{"owner":""}"# {
+            break claim;
+        }
+    };
+    client.publish(taken.subject.clone(), lost.clone()).await.unwrap();
+    let mut owners = vec![];
+    while owners.last() != Some(&taken.payload) {
+        let claim = claim().await;
+        owners.extend((claim.subject == taken.subject).then_some(claim.payload));
+    }
+    assert_eq!(owners[..2], [lost, r#"{"owner":""}"#.into()], "it was told that it has it, and that it has not");
+}
+
 #[tokio::test]
 async fn streams_that_do_not_fit_are_refused_and_not_changed() {
     let server = Server::with_streams("");
@@ -261,14 +345,16 @@ async fn streams_that_do_not_fit_are_refused_and_not_changed() {
     create("queue", r#""retention":"workqueue","subjects":["queue.>"]"#).await;
     create("drops", r#""retention":"limits","subjects":["drops.>"],"max_msgs":5,"discard":"old" "#).await;
     create("fits", r#""retention":"limits","subjects":["fits.>"]"#).await;
-    for (pattern, named) in [("part.>", "part"), ("queue.a", "retention"), ("drops.a", "discard")] {
+    for (pattern, named) in [("part.>", "a pattern for each stream"), ("queue.a", "retention"), ("drops.a", "discard")]
+    {
         let error = transport.subscribe(spec(&[pattern], Ordering::None)).await.err().expect("refused");
         assert_eq!(error.kind(), ErrorKind::Mismatch, "{pattern}: {error}");
         assert!(error.to_string().contains(named), "{error}");
     }
     let error = transport.subscribe(spec(&["fits.a.*", "fits.*.b"], Ordering::None)).await.err().expect("refused");
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-    transport.subscribe(spec(&["fits.a"], Ordering::None)).await.expect("it is found by its subject");
+    let both = spec(&["fits.a", "fits.b.>", "other.a"], Ordering::None);
+    transport.subscribe(both).await.expect("streams are found by their subjects, and each is read");
 }
 
 #[tokio::test]

@@ -11,7 +11,6 @@ mod reader;
 mod register;
 mod replay;
 mod settle;
-mod share;
 mod subscription;
 mod topology;
 mod transport;

@@ -20,6 +20,48 @@ const AGAIN: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_s
 /// How often a connection is looked at that says nothing.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// What is broken now, connections and channels: told once when that begins, and once when all of it is over.
+pub(crate) struct Outages {
+    events: Events,
+    open: Mutex<usize>,
+    closed: AtomicBool,
+}
+
+/// Something is broken for as long as this lives.
+pub(crate) struct Outage(Arc<Outages>);
+
+impl Outages {
+    pub(crate) fn new(events: &Events) -> Arc<Self> {
+        Arc::new(Self { events: events.clone(), open: Mutex::new(0), closed: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn begin(self: &Arc<Self>, reason: Text) -> Outage {
+        let mut open = self.open.lock();
+        *open += 1;
+        if *open == 1 {
+            self.events.tell(BusEvent::Disconnected { reason });
+        } else {
+            tracing::debug!(%reason, "rabbitmq: broken too");
+        }
+        Outage(Arc::clone(self))
+    }
+
+    /// What ends from now on ends because the transport is closed.
+    fn close(&self) {
+        self.closed.store(true, SeqCst);
+    }
+}
+
+impl Drop for Outage {
+    fn drop(&mut self) {
+        let mut open = self.0.open.lock();
+        *open -= 1;
+        if *open == 0 && !self.0.closed.load(SeqCst) {
+            self.0.events.tell(BusEvent::Connected);
+        }
+    }
+}
+
 /// A supervised connection; it ends when nobody holds it.
 pub(crate) struct Link {
     line: Arc<Line>,
@@ -30,7 +72,7 @@ pub(crate) struct Link {
 struct Line {
     config: Arc<RabbitMqConfig>,
     role: &'static str,
-    events: Events,
+    outages: Arc<Outages>,
     live: watch::Sender<Option<Arc<Connection>>>,
     closed: AtomicBool,
     blocked: AtomicBool,
@@ -42,13 +84,13 @@ impl Link {
     pub(crate) async fn connect(
         config: &Arc<RabbitMqConfig>,
         role: &'static str,
-        events: &Events,
+        outages: &Arc<Outages>,
     ) -> Result<Arc<Self>> {
         let first = dial(config, role).await?;
         let line = Arc::new(Line {
             config: Arc::clone(config),
             role,
-            events: events.clone(),
+            outages: Arc::clone(outages),
             live: watch::Sender::new(Some(Arc::new(first))),
             closed: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
@@ -140,6 +182,7 @@ impl Link {
         if self.line.closed.swap(true, SeqCst) {
             return;
         }
+        self.line.outages.close();
         self.supervisor.abort();
         if let Some(connection) = self.line.live.send_replace(None) {
             // It is gone either way.
@@ -150,6 +193,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
+        self.line.outages.close();
         self.supervisor.abort();
         self.line.closed.store(true, SeqCst);
         self.line.live.send_replace(None);
@@ -176,11 +220,11 @@ async fn supervise(line: Arc<Line>) {
         line.blocked.store(false, SeqCst);
         *line.fault.lock() = Some(reason.clone());
         line.live.send_replace(None);
-        line.events.tell(BusEvent::Disconnected { reason });
+        let outage = line.outages.begin(reason);
         let connection = dial_again(&line).await;
         *line.fault.lock() = None;
         line.live.send_replace(Some(Arc::new(connection)));
-        line.events.tell(BusEvent::Connected);
+        drop(outage);
     }
 }
 

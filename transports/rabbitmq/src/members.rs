@@ -4,11 +4,10 @@
 //! hands over only what the former has settled. Nobody is told who is active, so instances greet each other with their
 //! priorities, from which each knows. An instance that should have a slot takes it by a higher priority.
 
-use crate::share::share;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use tidings_core::transport::Role;
+use tidings_core::transport::{Role, share_slots};
 use tokio::time::Instant;
 
 /// How often an instance says that it lives.
@@ -95,7 +94,7 @@ impl Members {
         }
         let mut instances: Vec<_> = self.others.keys().copied().chain([self.instance]).collect();
         instances.sort_unstable();
-        let shares = share(self.priorities.len(), &instances);
+        let shares = share_slots(self.priorities.len(), &instances);
         let own =
             |slot: &usize| shares.get(*slot).copied().flatten().and_then(|n| instances.get(n)) == Some(&self.instance);
         (0..self.priorities.len()).filter(own).filter(|slot| !self.is_first(*slot)).collect()

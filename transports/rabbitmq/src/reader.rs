@@ -2,7 +2,7 @@
 //! makes anew whenever it is lost.
 
 use crate::error::{error, failed};
-use crate::link::Link;
+use crate::link::{Link, Outages};
 use crate::members::{GREETING, Greeting, Members};
 use crate::settle::{Acks, Desk, Frame};
 use crate::subscription::Close;
@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tidings_core::transport::{Notice, Ordering, Role, SubscriptionSpec};
-use tidings_core::{Backoff, BusEvent, Clock, ErrorKind, Events, Result};
+use tidings_core::{Backoff, Clock, ErrorKind, Result};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout, timeout_at};
@@ -46,7 +46,7 @@ pub(crate) struct Reader {
     /// The other connection: one that publishes is stopped by an alarm, and this one's acks must not be.
     pub(crate) greetings: Arc<Link>,
     pub(crate) topology: Arc<Topology>,
-    pub(crate) events: Events,
+    pub(crate) outages: Arc<Outages>,
     pub(crate) desk: Arc<Desk>,
 }
 
@@ -112,7 +112,7 @@ enum End {
 impl Reader {
     /// Reads for as long as somebody holds the subscription, beginning with a session that is open.
     pub(crate) async fn run(self, first: Session, mut close: mpsc::Receiver<Close>) {
-        let mut session = Some(first);
+        let (mut session, mut outage) = (Some(first), None);
         let mut round = 0;
         loop {
             let opened = match session.take() {
@@ -124,6 +124,7 @@ impl Reader {
             };
             let end = match opened {
                 Ok(session) => {
+                    outage = None;
                     let since = Instant::now();
                     let end = self.read(session, &mut close).await;
                     round = if since.elapsed() > Duration::from_secs(5) { 0 } else { round };
@@ -138,8 +139,8 @@ impl Reader {
                 End::Failed(_) if self.link.is_closed() => return self.desk.window.lock().wake(),
                 End::Failed(error) => {
                     round += 1;
-                    let reason = error.with_context("subscription", &self.spec.name).to_string().into();
-                    self.events.tell(BusEvent::Disconnected { reason });
+                    let reason = || error.with_context("subscription", &self.spec.name).to_string().into();
+                    outage = outage.or_else(|| Some(self.outages.begin(reason())));
                 }
             }
         }
@@ -149,15 +150,14 @@ impl Reader {
         if round > 0 {
             sleep(AGAIN.delay(round)).await;
         }
-        let session = match self.open().await {
+        match self.open().await {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 // Somebody has deleted it.
                 self.topology.restore(&self.spec).await?;
                 self.open().await
             }
             session => session,
-        };
-        session.inspect(|_| self.events.tell(BusEvent::Connected))
+        }
     }
 
     /// Opens a channel and consumes.

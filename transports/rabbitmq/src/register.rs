@@ -83,7 +83,7 @@ impl Terms {
             return Err(mismatch("ordering of the subscription", self.ordering, asked.ordering));
         }
         if self.start != asked.start {
-            let what = "start of the subscription, decided when it was created (`reset` creates it anew)";
+            let what = "start of the subscription, decided when it was created (`Bus::remove_subscription` lets it begin anew)";
             return Err(mismatch(what, self.start, asked.start));
         }
         if self.slots != asked.slots {

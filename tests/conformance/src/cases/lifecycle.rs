@@ -1,10 +1,10 @@
 //! Promises 10 and 11: drain, close, reconnect; and provisioning before the start.
 
 use super::cases;
-use crate::env::{Env, Seen, drain, eventually, start, subscription, within};
+use crate::env::{Env, Seen, dead_letters, drain, eventually, start, subscription, within};
 use crate::events::{ORDERS, Order, order, orders, rounds};
 use crate::history::{Act, History};
-use crate::reader::{open, publish, replay_of, saying, spec, submit, topic, topics};
+use crate::reader::{open, provision, publish, replay_of, saying, send_to, spec, submit, topic, topics};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,9 @@ cases!("lifecycle":
     provisioning_again_is_fine,
     what_exists_with_other_settings_is_refused_and_named,
     what_is_provisioned_at_deploy_time_waits_for_the_first_start,
+    a_removed_subscription_leaves_nothing_and_begins_anew,
+    a_subscription_with_slots_can_be_removed [Slots],
+    removing_one_subscription_touches_no_other,
     two_services_on_one_bus_stop_each_for_itself,
 );
 
@@ -282,6 +285,60 @@ async fn what_is_provisioned_at_deploy_time_waits_for_the_first_start(env: Env) 
     history.settled(20).await;
     drain(running).await;
     assert_eq!(history.passed("ada"), (0..20).collect::<Vec<_>>());
+}
+
+async fn remove(env: &Env, name: &str) -> bool {
+    within("an answer", env.transport().remove_subscription(&subscription(name))).await.unwrap()
+}
+
+/// What waited for it is gone, what it was created with too; what is published from then on waits for its successor.
+async fn a_removed_subscription_leaves_nothing_and_begins_anew(env: Env) {
+    topics(env.transport(), &[ORDERS, "suite.other"]).await;
+    assert!(!remove(&env, "crm").await, "there is none yet");
+    let mut reader = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2", "3"]).await;
+    send_to(env.transport(), "crm", saying(ORDERS, "ada", "to its address"), None).await;
+    reader.next().await.acker.ack();
+    reader.close().await;
+    assert!(remove(&env, "crm").await);
+    assert!(!remove(&env, "crm").await, "it is gone");
+    publish(env.transport(), ORDERS, "ada", &["nobody waits for this"]).await;
+    let mut anew = open(env.transport(), spec(&env, "crm", &[ORDERS, "suite.other"])).await;
+    publish(env.transport(), ORDERS, "ada", &["4"]).await;
+    publish(env.transport(), "suite.other", "ada", &["5"]).await;
+    assert_eq!(anew.texts(2).await, ["4", "5"]);
+}
+
+async fn a_subscription_with_slots_can_be_removed(env: Env) {
+    provision(env.transport(), ORDERS, |spec| spec.slots = 3).await;
+    let texts = |from: u64| (from..from + 30).map(|n| n.to_string()).collect::<Vec<_>>();
+    let all = async |from| {
+        for (key, text) in texts(from).iter().enumerate() {
+            publish(env.transport(), ORDERS, &format!("key {key}"), &[text]).await;
+        }
+    };
+    open(env.transport(), spec(&env, "crm", &[ORDERS])).await.close().await;
+    all(100).await;
+    assert!(remove(&env, "crm").await);
+    let mut anew = open(env.transport(), spec(&env, "crm", &[ORDERS])).await;
+    all(200).await;
+    assert_eq!(anew.texts(30).await, texts(200));
+}
+
+/// Another subscription of the topic, and the dead letters of the one that is removed.
+async fn removing_one_subscription_touches_no_other(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    open(env.transport(), spec(&env, "crm", &[ORDERS])).await.close().await;
+    let mut other = open(env.transport(), spec(&env, "crm.eu", &[ORDERS])).await;
+    publish(env.transport(), ORDERS, "ada", &["1", "2"]).await;
+    let dead = (Destination::DeadLetter(subscription("crm")), saying(ORDERS, "ada", "dead"), None, true);
+    assert!(submit(env.transport(), &[dead]).await.is_empty());
+    other.expect("1").await.acker.ack();
+    assert!(remove(&env, "crm").await);
+    send_to(env.transport(), "crm.eu", saying(ORDERS, "bob", "to its address"), None).await;
+    assert_eq!(other.texts(2).await, ["2", "to its address"]);
+    let letters = dead_letters(env.transport(), "crm", 1).await;
+    assert_eq!(letters[0].message.payload, "dead");
 }
 
 async fn two_services_on_one_bus_stop_each_for_itself(env: Env) {

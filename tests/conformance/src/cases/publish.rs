@@ -187,7 +187,7 @@ async fn a_delayed_publish_is_not_early(env: Env) {
     let seen = Seen::<(u64, Instant)>::default();
     let handler = async |view: Viewed, State(s): State<Seen<(u64, Instant)>>| s.push((view.page, Instant::now()));
     let running = start(Service::new("crm").state(seen.clone()).on(handler), &bus).await;
-    let (delay, sent) = (Duration::from_millis(400), Instant::now());
+    let (delay, sent) = (Duration::from_secs(5), Instant::now());
     bus.publish_with(&Viewed { page: 1 }, PublishOptions::default().with_delay(delay)).await.unwrap();
     bus.publish(&Viewed { page: 2 }).await.unwrap();
     let seen = seen.count(2).await;
