@@ -6,6 +6,7 @@
 
 pub mod broker;
 pub mod event;
+pub mod kafka;
 pub mod measure;
 pub mod memory;
 pub mod nats;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use tidings_bench::broker::Broker;
+use tidings_bench::kafka::Kafka;
 use tidings_bench::memory::Memory;
 use tidings_bench::nats::Nats;
 use tidings_bench::rabbitmq::Rabbit;
@@ -9,7 +10,7 @@ use tidings_bench::report::{Environment, markdown};
 use tidings_bench::scenario::{self, Effort};
 use tidings_bench::{BoxError, Result};
 
-const USAGE: &str = "scripts/bench [memory|nats|rabbitmq] [--rounds N] [--count N] [--only SCENARIO] [--loop LOOP] [--dry]
+const USAGE: &str = "scripts/bench [memory|nats|rabbitmq|kafka] [--rounds N] [--count N] [--only SCENARIO] [--loop LOOP] [--dry]
     without a transport: all; a part of a name does for SCENARIO and LOOP; with any of the last three nothing is written to
     docs/benchmarks";
 
@@ -29,6 +30,7 @@ fn main() -> Result<()> {
         match transport.as_str() {
             "nats" => runtime.block_on(spawned(Nats::start()?, &options))?,
             "rabbitmq" => runtime.block_on(spawned(Rabbit::start()?, &options))?,
+            "kafka" => runtime.block_on(spawned(Kafka::start()?, &options))?,
             _ => runtime.block_on(spawned(Memory, &options))?,
         }
     }
@@ -41,7 +43,7 @@ fn options(mut words: impl Iterator<Item = String>) -> Result<Options> {
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or_else(|| BoxError::from(format!("`{word}` needs a value")));
         match word.as_str() {
-            "memory" | "nats" | "rabbitmq" => options.transports.push(word),
+            "memory" | "nats" | "rabbitmq" | "kafka" => options.transports.push(word),
             "--rounds" => options.effort.rounds = value()?.parse()?,
             "--count" => options.effort.count = value()?.parse()?,
             "--only" => options.only = value()?,
@@ -51,7 +53,7 @@ fn options(mut words: impl Iterator<Item = String>) -> Result<Options> {
         }
     }
     if options.transports.is_empty() {
-        options.transports = ["memory", "nats", "rabbitmq"].map(String::from).into();
+        options.transports = ["memory", "nats", "rabbitmq", "kafka"].map(String::from).into();
     }
     Ok(options)
 }

@@ -72,9 +72,25 @@ kafka_proxied() {
   done
 }
 
+# A listener that asks for the password of the user `shop`, by SASL PLAIN: TIDINGS_TEST_KAFKA_SASL is PORT:PASSWORD.
+kafka_sasl() {
+  [[ -n ${TIDINGS_TEST_KAFKA_SASL:-} ]] || return 0
+  listeners+=",SASL://127.0.0.1:${TIDINGS_TEST_KAFKA_SASL%%:*}"
+  advertised+=",SASL://127.0.0.1:${TIDINGS_TEST_KAFKA_SASL%%:*}"
+  protocols+=",SASL:SASL_PLAINTEXT"
+}
+
+kafka_sasl_properties() {
+  [[ -n ${TIDINGS_TEST_KAFKA_SASL:-} ]] || return 0
+  echo listener.name.sasl.sasl.enabled.mechanisms=PLAIN
+  echo 'listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \'
+  echo "  user_shop=\"${TIDINGS_TEST_KAFKA_SASL#*:}\";"
+}
+
 kafka_configure() {
   local listeners advertised protocols
   TIDINGS_TEST_KAFKA_PROXIED=${TIDINGS_TEST_KAFKA_PROXIED:-} kafka_proxied
+  kafka_sasl
   cat >log4j2.xml <<-END
 	<Configuration status="WARN">
 	  <Appenders><Console name="out"><PatternLayout pattern="%d{ISO8601} %p %m (%c)%n"/></Console></Appenders>
@@ -118,6 +134,7 @@ kafka_configure() {
 	# A small heap.
 	log.cleaner.dedupe.buffer.size=16777216
 	END
+  kafka_sasl_properties >>server.properties
 }
 
 kafka_format() {

@@ -1,7 +1,7 @@
 //! A real broker of a test's own, by `scripts/brokers`: on ports and in a folder that nobody else uses.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -40,7 +40,21 @@ impl Server {
         Ok((server, pairs))
     }
 
-    fn start_with(broker: &'static str, more: Vec<(String, String)>) -> io::Result<Self> {
+    /// A Kafka broker that also takes the user `shop` with this password; and where.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_kafka_with_password(password: &str) -> io::Result<(Self, SocketAddr)> {
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let sasl = format!("{}:{password}", address.port());
+        Ok((Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_SASL".into(), sasl)])?, address))
+    }
+
+    /// As [`start`](Self::start), with more variables for `scripts/brokers`.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(broker: &'static str, more: Vec<(String, String)>) -> io::Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let state = format!("tidings-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
         let ports = match broker {

@@ -8,7 +8,7 @@
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tidings::handler::Delivered;
@@ -23,7 +23,6 @@ use tokio::time::{Instant, sleep, timeout};
 
 /// How long nothing at all may be handled before a test has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a service may need to go on when its broker is back. The numbers printed are far lower on a quiet machine.
 const RECOVERY: Duration = Duration::from_secs(5);
 /// How far publishers together may be ahead of the handlers, so that a fault always meets both.
 const AHEAD: usize = 2_000;
@@ -36,12 +35,17 @@ struct Kind {
     delete: Option<for<'a> fn(&'a Bus) -> BoxFuture<'a, ()>>,
     /// How many events may come again for each kill: what was in flight, where acks are not confirmed.
     in_flight: u64,
+    /// How long a service may need to go on when its broker is back. The numbers printed are far lower on a quiet machine.
+    recovery: Duration,
 }
 
-const KINDS: [Kind; 2] = [
-    Kind { name: "nats", delete: Some(|bus| delete_stream(bus).boxed()), in_flight: 0 },
+const KINDS: [Kind; 3] = [
+    Kind { name: "nats", delete: Some(|bus| delete_stream(bus).boxed()), in_flight: 0, recovery: RECOVERY },
     // `suites/rabbitmq.rs` deletes its queue.
-    Kind { name: "rabbitmq", delete: None, in_flight: 512 },
+    Kind { name: "rabbitmq", delete: None, in_flight: 512, recovery: RECOVERY },
+    // An outage as long as the session (10 s) takes the partitions away, with what was in flight; and who joins again waits as long
+    // for its former self to be forgotten.
+    Kind { name: "kafka", delete: None, in_flight: 256, recovery: Duration::from_secs(15) },
 ];
 
 /// The brokers that `TIDINGS_TEST_TRANSPORTS` names.
@@ -250,16 +254,22 @@ fn publish(bus: &Bus, log: &Log, keys: std::ops::Range<u64>, rounds: u64) -> Joi
     tokio::spawn(async move {
         let mut published = Published::default();
         for round in 0..rounds {
-            let orders: Vec<_> = keys.clone().map(|key| order(&format!("k{key}"), round)).collect();
-            let before = published.confirmed.len();
-            published.add(&orders, &bus.publish_all(&orders).await);
-            log.lock().confirmed += published.confirmed.len() - before;
-            while log.lock().is_behind() {
-                sleep(Duration::from_millis(5)).await;
-            }
+            published.merge(publish_round(&bus, &log, keys.clone(), round).await);
         }
         published
     })
+}
+
+/// One of each key; and waits until the handlers are not far behind.
+async fn publish_round(bus: &Bus, log: &Log, keys: std::ops::Range<u64>, round: u64) -> Published {
+    let mut published = Published::default();
+    let orders: Vec<_> = keys.map(|key| order(&format!("k{key}"), round)).collect();
+    published.add(&orders, &bus.publish_all(&orders).await);
+    log.lock().confirmed += published.confirmed.len();
+    while log.lock().is_behind() {
+        sleep(Duration::from_millis(5)).await;
+    }
+    published
 }
 
 #[test]
@@ -287,6 +297,12 @@ struct Place {
 
 impl Place {
     async fn open(kind: Kind) -> Self {
+        if kind.name == "kafka" {
+            // It tells its clients where to connect to, so it has to know the proxy.
+            let (server, ports) = block_in_place(|| Server::start_proxied_kafka(1)).unwrap();
+            let proxy = Proxy::start_at(ports[0].1, SocketAddr::from(([127, 0, 0, 1], ports[0].0))).await.unwrap();
+            return Self { kind, server, proxy };
+        }
         let server = block_in_place(|| Server::start(kind.name)).unwrap();
         let proxy = Proxy::start(host(server.url()).parse().unwrap()).await.unwrap();
         Self { kind, server, proxy }
@@ -391,7 +407,83 @@ async fn killed(kind: Kind) {
     assert_eq!(published.failed, 0, "an outage of a second is shorter than publishing may take");
     let allowed = repeats.of / 200 + 5 * kind.in_flight as usize;
     assert!(repeats.repeats <= allowed, "{} of {} came again, allowed are {allowed}", repeats.repeats, repeats.of);
-    assert!(recovered.iter().all(|took| took.handled <= RECOVERY && took.new <= 2 * RECOVERY), "{recovered:?}");
+    assert!(
+        recovered.iter().all(|took| took.handled <= kind.recovery && took.new <= 2 * kind.recovery),
+        "{recovered:?}"
+    );
+}
+
+/// A subscription shared by slots, each of whose members may be killed: Kafka's partitions are that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_come_and_go_while_the_server_is_killed_three_times() {
+    for kind in chosen().into_iter().filter(|kind| kind.name == "kafka") {
+        storm(kind).await;
+    }
+}
+
+/// 32 workers, on a bus of its own.
+async fn member(config: &Config, log: &Log) -> Running {
+    let bus = connect(config.clone()).await;
+    let settings = SubscriptionConfig::default().concurrency(32).max_in_flight(WINDOW);
+    Service::new("billing").state(log.clone()).on_with(settings, handle).start(&bus).await.unwrap()
+}
+
+const WINDOW: usize = 256;
+
+async fn storm(kind: Kind) {
+    let (place, log, begun) = (Place::open(kind).await, Log::default(), Instant::now());
+    let text = format!(
+        "url = '{}'\n[kafka]\nsession_timeout_ms = 3000\n[topics.\"shop.order.placed\"]\nslots = 6",
+        place.server.url()
+    );
+    let config = Config::from_toml(&text).unwrap();
+    let (mut members, rounds) = (vec![member(&config, &log).await], events() / 1_000);
+    let publishing = tokio::spawn({
+        let (bus, log) = (connect(config.clone()).await, log.clone());
+        async move {
+            let mut published = Published::default();
+            for round in 0..rounds {
+                // For half a minute at least, so that many come and go.
+                sleep(Duration::from_secs(30) / u32::try_from(rounds).unwrap()).await;
+                published.merge(publish_round(&bus, &log, 0..1_000, round).await);
+            }
+            published
+        }
+    });
+    let (mut kills, mut crashes) = (0, 0);
+    for turn in 0.. {
+        members.push(member(&config, &log).await);
+        sleep(Duration::from_secs(2)).await;
+        if kills < 3 && log.count() as u64 >= rounds * 1_000 * (kills + 1) / 4 {
+            block_in_place(|| place.server.kill().and_then(|()| place.server.up())).unwrap();
+            kills += 1;
+        }
+        let oldest = members.remove(0);
+        if turn % 2 == 1 {
+            crashes += 1;
+            drop(oldest);
+        } else {
+            oldest.drain(Duration::from_secs(20)).await;
+        }
+        if publishing.is_finished() && kills == 3 {
+            break;
+        }
+    }
+    let published = publishing.await.unwrap();
+    let repeats = log.settle(&published).await;
+    println!(
+        "{}: {} confirmed, {} not, in {:.1?}; killed {kills} times, {crashes} members crashed: {} repeats ({:.3} %), all marked",
+        kind.name,
+        published.confirmed.len(),
+        published.failed,
+        begun.elapsed(),
+        repeats.repeats,
+        repeats.percent(),
+    );
+    // Of a crash or a kill each member that there was may repeat what it had under way.
+    let allowed = WINDOW * (crashes + 2 * kills as usize);
+    assert!(repeats.repeats <= allowed, "{} came again, allowed are {allowed}", repeats.repeats);
+    assert_eq!(published.failed, 0);
 }
 
 // ---- b. Through a proxy ----

@@ -189,7 +189,8 @@ impl Worker {
     /// Notes a failure that may pass, and says whether it is part of an outage.
     fn is_outage(&self, job: &Job, failure: &Failure) -> bool {
         let subscribed = &self.subscribed;
-        let told = subscribed.lanes.lock().outage.failed(&job.delivery.message.id, Instant::now());
+        let (event, again) = (&job.delivery.message.id, job.failures.attempts > 0);
+        let told = subscribed.lanes.lock().outage.failed(event, again, Instant::now());
         if told == Told::Began {
             let (subscription, error) = (subscribed.name.clone(), failure.error.as_str().into());
             subscribed.scope.bus.tell().tell(BusEvent::OutageBegan { subscription, error });

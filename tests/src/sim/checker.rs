@@ -63,10 +63,21 @@ struct Instance {
     going: HashSet<usize>,
     /// Which event failed for now, of the last runs since one passed.
     last: VecDeque<Ev>,
+    /// All of them since then, but for what had failed before.
+    since: HashSet<Ev>,
+    has_passed: bool,
     /// What has passed and is to be acked.
     passed: HashMap<Ev, u32>,
     /// The last failure, until it is known whether it was counted.
     pending: Option<(Ev, (u32, u64))>,
+}
+
+impl Instance {
+    fn success(&mut self) {
+        self.last.clear();
+        self.since.clear();
+        self.has_passed = true;
+    }
 }
 
 struct Run {
@@ -271,7 +282,10 @@ impl Walk<'_> {
             if *end == RunEnd::Success {
                 *instance.passed.entry(*ev).or_insert(0) += 1;
             }
-            if failed && !instance.outage {
+            let again = attempt.is_some_and(|(attempt, _)| attempt > 1);
+            let poisoned = again && instance.has_passed && !instance.since.contains(ev);
+            if failed && !instance.outage && !poisoned {
+                instance.since.insert(*ev);
                 instance.last.push_back(*ev);
                 if instance.last.len() > 10 {
                     instance.last.pop_front();
@@ -297,7 +311,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Whether the last 10 runs, of at least 5 different events, failed for now.
+    /// Whether the last 10 runs, of at least 5 different events, failed for now, without what had failed before one passed.
     fn has_outage(&self, by: usize) -> bool {
         let last = self.instances.get(&by).map(|instance| &instance.last);
         last.is_some_and(|last| last.len() == 10 && last.iter().collect::<HashSet<_>>().len() >= 5)
@@ -313,7 +327,7 @@ impl Walk<'_> {
                 self.wrong.push(format!("{:?}: [{by}] tells of an outage, and there is none", self.now));
             }
         } else {
-            instance.last.clear();
+            instance.success();
         }
     }
 
@@ -326,7 +340,7 @@ impl Walk<'_> {
         let instance = self.instances.entry(by).or_default();
         if let Some(passed) = instance.passed.get_mut(&ev).filter(|passed| **passed > 0) {
             *passed -= 1;
-            instance.last.clear();
+            instance.success();
         }
         if !ack {
             // Only what may have ended instances again and again makes room for itself.

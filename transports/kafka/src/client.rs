@@ -143,6 +143,8 @@ pub(crate) fn common(config: &KafkaConfig) -> Result<ClientConfig> {
     client.set("client.id", "tidings");
     client.set("socket.keepalive.enable", "true");
     client.set("socket.nagle.disable", "true");
+    // A connection that says nothing for so long is given up; the client's own default is a minute.
+    client.set("socket.timeout.ms", config.request_timeout.as_millis().max(2_000).to_string());
     client.set("reconnect.backoff.ms", "50").set("reconnect.backoff.max.ms", "1000");
     client.set("topic.metadata.refresh.fast.interval.ms", "50");
     let refresh = config.metadata_refresh.as_millis().to_string();
@@ -199,6 +201,7 @@ pub(crate) fn producer(config: &KafkaConfig) -> Result<ClientConfig> {
     client.set("message.max.bytes", config.max_message_bytes.to_string());
     // It is repeated until nobody waits any more, or the transport is closed.
     client.set("message.timeout.ms", "0");
+    client.set("request.timeout.ms", config.request_timeout.as_millis().to_string());
     // The limits are our own, so that nothing is refused here.
     client.set("queue.buffering.max.messages", "0").set("queue.buffering.max.kbytes", "2097151");
     Ok(client)

@@ -550,6 +550,8 @@ impl Driver {
         let taken =
             if self.is_replay() { self.consumer.assign(&list) } else { self.consumer.incremental_assign(&list) };
         taken.map_err(|e| failed(why, e))?;
+        // What was paused when it was lost is still paused for the client when it comes back.
+        self.consumer.resume(&list).map_err(|e| failed(why, e))?;
         let mut state = self.instance.state.lock();
         for part in parts {
             let place = (Arc::clone(&part.name), part.partition);

@@ -19,7 +19,7 @@ use std::time::Duration;
 use tidings_core::transport::{
     Capabilities, DeadLetters, Health, Publisher, ReplaySpec, Subscription, SubscriptionSpec, Topology, Transport,
 };
-use tidings_core::{Backoff, ErrorKind, Events, Result, SubscriptionName};
+use tidings_core::{Backoff, Error, ErrorKind, Events, Result, SubscriptionName};
 use tokio::time::{Instant, sleep};
 
 /// What headers may take of the broker's limit for a record: those of an application, the attributes, and what a dead letter adds.
@@ -56,7 +56,7 @@ impl KafkaTransport {
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for a bad configuration, [`ErrorKind::Denied`] for refused credentials, [`ErrorKind::Connection`] if
-    /// no broker can be reached.
+    /// no broker can be reached, [`ErrorKind::Timeout`] if none answers.
     ///
     /// # Cancel safety
     /// Nothing is left behind.
@@ -79,9 +79,7 @@ impl KafkaTransport {
         };
         let answered = blocking(&catalog, move |catalog| catalog.answers(catalog.config.connect_timeout)).await;
         if let Err(unreachable) = answered {
-            let refused =
-                link.denied().map(|why| error(ErrorKind::Denied, format!("the credentials were refused: {why}")));
-            return Err(refused.unwrap_or(unreachable).with_operation("connect"));
+            return Err(not_connected(&link, unreachable).with_operation("connect"));
         }
         tokio::spawn(watch(Arc::downgrade(&catalog), link));
         Ok(Arc::new(transport))
@@ -122,6 +120,15 @@ impl Catalog {
         // What the client tells of its troubles waits there.
         while self.lookup.poll(Duration::ZERO).is_some() {}
         answer.map(drop).map_err(|e| failed("no broker can be reached", e))
+    }
+}
+
+/// Why nobody has answered.
+fn not_connected(link: &Link, unreachable: Error) -> Error {
+    match link.denied() {
+        Some(why) => error(ErrorKind::Denied, format!("the credentials were refused: {why}")),
+        None if link.is_up() => error(ErrorKind::Timeout, "no broker has answered in time").with_source(unreachable),
+        None => unreachable,
     }
 }
 
