@@ -6,7 +6,7 @@
 mod recorded;
 mod scenarios;
 
-use recorded::Cost;
+use recorded::{Cost, Scale};
 use std::process::{Command, ExitCode};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -53,7 +53,7 @@ fn costs() -> Result<Vec<Cost>> {
 }
 
 /// For each scale how many there were of what grows, and what one message cost.
-fn scales() -> Result<Vec<(&'static str, Vec<(usize, f64)>)>> {
+fn scales() -> Result<Vec<Scale>> {
     let at = |what: &str, many: usize| Ok((many, instructions(&format!("{what}/{many}"))?));
     scenarios::SCALES
         .iter()

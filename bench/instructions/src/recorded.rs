@@ -21,6 +21,9 @@ pub(crate) struct Cost {
     pub(crate) allocations: f64,
 }
 
+/// What grows; how many there were, and what one message cost.
+pub(crate) type Scale = (&'static str, Vec<(usize, f64)>);
+
 fn path() -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "recorded.txt"].iter().collect()
 }
@@ -42,7 +45,7 @@ of the machine. Allocating, hashing and walking show here; what caches miss does
 ";
 
 /// A table of what grows, and by how much the cost does.
-pub(crate) fn write_scale(scales: &[(&str, Vec<(usize, f64)>)]) -> Result<()> {
+pub(crate) fn write_scale(scales: &[Scale]) -> Result<()> {
     let mut text = SCALE.to_owned();
     for (what, costs) in scales {
         let least = costs.iter().map(|(_, cost)| *cost).fold(f64::INFINITY, f64::min);

@@ -278,33 +278,39 @@ fn publish_all() -> Result<Work> {
     }))
 }
 
-/// How many were handled, and who waits for how many.
+/// How many were handled, and how many are to be: those that come later wait, however far the workers are ahead.
 #[derive(Default)]
 struct Handled {
     count: AtomicU64,
     goal: AtomicU64,
     reached: Notify,
+    raised: Notify,
 }
 
 impl Handled {
-    fn one(&self) {
-        if self.count.fetch_add(1, Relaxed) + 1 == self.goal.load(Relaxed) {
+    async fn one(&self) {
+        let number = self.count.fetch_add(1, Relaxed) + 1;
+        if number == self.goal.load(Relaxed) {
             self.reached.notify_one();
+        }
+        while number > self.goal.load(Relaxed) {
+            self.raised.notified().await;
         }
     }
 
     async fn wait(&self, more: u64) {
-        self.goal.store(self.count.load(Relaxed) + more, Relaxed);
+        self.goal.fetch_add(more, Relaxed);
+        self.raised.notify_waiters();
         self.reached.notified().await;
     }
 }
 
 async fn handled<E: Event>(_: E, State(handled): State<Arc<Handled>>) {
-    handled.one();
+    handled.one().await;
 }
 
 async fn returned(order: Plain, State(handled): State<Arc<Handled>>) -> Result<Keyed, HandlerError> {
-    handled.one();
+    handled.one().await;
     Ok(keyed(order.number))
 }
 
@@ -329,7 +335,7 @@ fn handle_and_return(total: u64) -> Result<Work> {
     let (runtime, seen) = (runtime()?, Arc::new(Handled::default()));
     let bus = runtime.block_on(filled(total, plain))?;
     let config = SubscriptionConfig::default().start(Start::Beginning);
-    let none = Arc::new(Handled::default());
+    let none = Arc::new(Handled { goal: AtomicU64::new(u64::MAX), ..Handled::default() });
     let other = Service::new("other").state(none).on(handled::<Keyed>);
     let other = runtime.block_on(other.start(&bus))?;
     let service = Service::new("count").state(Arc::clone(&seen)).on_with(config, returned);
