@@ -41,7 +41,7 @@ pub(crate) fn write(costs: &[Cost]) -> Result<()> {
 const SCALE: &str = "# Measured: how the cost of a message grows
 
 Written by `scripts/instructions --scale`: instructions for one message on memory, in one thread, by valgrind; they do not depend on the load
-of the machine. Allocating, hashing and walking show here; what caches miss does not.
+of the machine. Allocating, hashing and walking show here; what caches miss does not. With one subscription the publish itself is in each delivery.
 ";
 
 /// A table of what grows, and by how much the cost does.

@@ -43,7 +43,7 @@ pub(crate) const ALL: &[(&str, Prepare)] = &[
 /// What grows, how far, and what is counted: each message, delivery or event costs the same if it scales.
 pub(crate) const SCALES: &[(&str, &[usize], Prepare)] = &[
     ("topics published to in turn", &[1, 10, 100, 1_000, 10_000], |_, topics| many_topics(topics)),
-    ("subscriptions of one topic, for each delivery", &[1, 10, 100, 1_000], |_, many| many_subscriptions(many)),
+    ("subscriptions of one topic, for each delivery", &[1, 8, 64, 512, 1024], |_, many| many_subscriptions(many)),
     ("events that wait, read and acked", &[1_000, 10_000, 100_000, 1_000_000], |_, events| backlog(events)),
     ("workers of a handler", &[1, 4, 16, 64, 256], |total, workers| handle(total, plain, workers)),
     ("workers of a handler by key", &[1, 4, 16, 64, 256], |total, workers| handle(total, keyed, workers)),
@@ -143,9 +143,9 @@ async fn submit(publisher: &dyn Publisher, posts: &[Post]) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { Err(format!("{failed:?}").into()) }
 }
 
-/// Reads what there is, 128 at a time at the most, and settles it.
-async fn settle(subscription: &mut Box<dyn Subscription>, polled: &mut Polled) -> Result<usize> {
-    poll_fn(|cx| subscription.poll_batch(cx, 128, polled)).await?;
+/// Reads what there is, up to so many, and settles it.
+async fn settle(subscription: &mut Box<dyn Subscription>, most: usize, polled: &mut Polled) -> Result<usize> {
+    poll_fn(|cx| subscription.poll_batch(cx, most, polled)).await?;
     let count = polled.deliveries.len();
     polled.notices.clear();
     polled.deliveries.drain(..).for_each(|delivery| delivery.acker.ack());
@@ -169,7 +169,7 @@ fn transport(batch: usize) -> Result<Work> {
                 submit(&*publisher, &outgoing).await?;
                 open += batch;
                 while open >= 512.max(batch) || (open > 0 && sent + batch as u64 >= count) {
-                    open -= settle(&mut subscription, &mut polled).await?;
+                    open -= settle(&mut subscription, 128, &mut polled).await?;
                 }
             }
             Ok(())
@@ -209,7 +209,7 @@ fn many_subscriptions(many: usize) -> Result<Work> {
                 for subscription in &mut subscriptions {
                     let mut open = posts.len();
                     while open > 0 {
-                        open -= settle(subscription, &mut polled).await?;
+                        open -= settle(subscription, open, &mut polled).await?;
                     }
                     left = left.saturating_sub(posts.len());
                 }
@@ -235,7 +235,7 @@ fn backlog(events: usize) -> Result<Work> {
                 submit(&*publisher, &posts).await?;
                 let mut open = posts.len();
                 while open > 0 {
-                    open = open.saturating_sub(settle(&mut subscription, &mut polled).await?);
+                    open -= settle(&mut subscription, open, &mut polled).await?;
                 }
                 left = left.saturating_sub(posts.len());
             }
