@@ -26,6 +26,8 @@ const ALL: u64 = 10_000;
 pub const POLLED: &str = "bench.polled";
 /// A loop that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a slow handler takes.
+const SLOW: Duration = Duration::from_millis(10);
 
 /// How much is done.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +46,8 @@ pub enum Loop {
     Sdk,
     /// `Bus::publish_all`.
     All,
+    /// So many handlers at a time, each of which takes [`SLOW`].
+    Slow(usize),
 }
 
 impl Loop {
@@ -53,6 +57,8 @@ impl Loop {
             Self::Transport => "transport",
             Self::Sdk => "SDK",
             Self::All => "SDK, `publish_all`",
+            Self::Slow(1) => "SDK, one handler",
+            Self::Slow(_) => "SDK, 64 handlers",
         }
     }
 }
@@ -84,7 +90,7 @@ pub async fn all<B: Broker>(broker: &B, effort: Effort, only: &str, of: &str) ->
     };
     let consume =
         |raw: &[Raw]| raw.iter().copied().map(Loop::Raw).chain([Loop::Transport, Loop::Sdk]).collect::<Vec<_>>();
-    let scenarios: [(&'static str, String, Scenario, Vec<Loop>); 4] = [
+    let scenarios: [(&'static str, String, Scenario, Vec<Loop>); 6] = [
         (
             "publish, confirmed",
             format!("Each confirmed, at most {} unconfirmed at a time; encoded from a struct; no key.", LIMITS.window),
@@ -98,6 +104,12 @@ pub async fn all<B: Broker>(broker: &B, effort: Effort, only: &str, of: &str) ->
                 .into(),
             Scenario::PublishKeyed,
             publish(B::PUBLISH),
+        ),
+        (
+            "publish, one at a time",
+            "The next is sent when the one before is confirmed; no key; a tenth of the events.".into(),
+            Scenario::PublishOne,
+            publish(B::PUBLISH).into_iter().filter(|of| !matches!(of, Loop::Transport | Loop::All)).collect(),
         ),
         (
             "consume, acks confirmed",
@@ -116,6 +128,12 @@ pub async fn all<B: Broker>(broker: &B, effort: Effort, only: &str, of: &str) ->
             Scenario::ConsumeKeyed(16),
             consume(B::CONSUME),
         ),
+        (
+            "consume by slow handlers",
+            format!("Each waits for {SLOW:?}; 64 of them compared with one, which should be 64 times as fast; a hundredth of the events."),
+            Scenario::Slow,
+            vec![Loop::Slow(1), Loop::Slow(64)],
+        ),
     ];
     for (name, what, scenario, mut loops) in scenarios {
         loops.retain(|one| one.name().contains(of));
@@ -130,13 +148,33 @@ pub async fn all<B: Broker>(broker: &B, effort: Effort, only: &str, of: &str) ->
 enum Scenario {
     Publish,
     PublishKeyed,
+    PublishOne,
     /// With so many workers.
     Consume(usize),
     ConsumeKeyed(usize),
+    Slow,
+}
+
+impl Scenario {
+    /// How many unconfirmed publishes, or unsettled deliveries, there may be.
+    fn limits(self) -> Limits {
+        Limits { window: if matches!(self, Self::PublishOne) { 1 } else { LIMITS.window }, ..LIMITS }
+    }
+
+    /// A part of the effort, where one event takes long.
+    fn effort(self, effort: Effort) -> Effort {
+        let part = match self {
+            Self::PublishOne => 10,
+            Self::Slow => 100,
+            _ => 1,
+        };
+        Effort { warm_up: (effort.warm_up / part).max(1), count: (effort.count / part).max(1), ..effort }
+    }
 }
 
 /// All loops in turn, in each round beginning with another.
 async fn rounds<B: Broker>(broker: &B, scenario: Scenario, loops: &[Loop], effort: Effort) -> Result<Vec<Row>> {
+    let effort = scenario.effort(effort);
     let mut rows: Vec<_> = loops.iter().map(|of| Row { of: *of, rounds: Vec::new() }).collect();
     for round in 0..effort.rounds {
         for turn in 0..rows.len() {
@@ -169,8 +207,11 @@ fn fresh() -> u32 {
 
 async fn run<B: Broker>(broker: &B, scenario: Scenario, of: Loop, namespace: &str, meter: &Arc<Meter>) -> Result<()> {
     match scenario {
-        Scenario::Publish => publish::<B, event::Plain>(broker, of, namespace, meter).await,
-        Scenario::PublishKeyed => publish::<B, event::Keyed>(broker, of, namespace, meter).await,
+        Scenario::Publish | Scenario::PublishOne => {
+            publish::<B, event::Plain>(broker, of, namespace, meter, scenario.limits()).await
+        }
+        Scenario::PublishKeyed => publish::<B, event::Keyed>(broker, of, namespace, meter, scenario.limits()).await,
+        Scenario::Slow => consume::<B, event::Plain>(broker, of, namespace, meter, (Ordering::None, 1)).await,
         Scenario::Consume(workers) => {
             consume::<B, event::Plain>(broker, of, namespace, meter, (Ordering::None, workers)).await
         }
@@ -191,14 +232,20 @@ async fn provisioned<B: Broker, E: Sample>(broker: &B, namespace: &str) -> Resul
 
 // ---- Publishing ----
 
-async fn publish<B: Broker, E: Sample>(broker: &B, of: Loop, namespace: &str, meter: &Arc<Meter>) -> Result<()> {
+async fn publish<B: Broker, E: Sample>(
+    broker: &B,
+    of: Loop,
+    namespace: &str,
+    meter: &Arc<Meter>,
+    limits: Limits,
+) -> Result<()> {
     let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
     prepare::<E>(&transport, Ordering::None).await?;
     match of {
-        Loop::Raw(raw) => broker.publish::<E>(raw, namespace, LIMITS, meter).await?,
+        Loop::Raw(raw) => broker.publish::<E>(raw, namespace, limits, meter).await?,
         Loop::Transport => submit::<E>(&transport, meter).await?,
-        Loop::Sdk => publish_each::<E>(&bus, meter).await?,
         Loop::All => publish_all::<E>(&bus, meter).await?,
+        _ => publish_each::<E>(&bus, meter, limits.window).await?,
     }
     Ok(bus.close(Duration::from_secs(5)).await?)
 }
@@ -248,9 +295,9 @@ fn message<E: Sample>(number: u64, topic: &Topic) -> Result<Message> {
     Ok(message)
 }
 
-async fn publish_each<E: Sample>(bus: &Bus, meter: &Meter) -> Result<()> {
+async fn publish_each<E: Sample>(bus: &Bus, meter: &Meter, window: usize) -> Result<()> {
     let publish = |number| async move { bus.publish(&E::new(number)).await };
-    let mut confirmed = stream::iter(0..meter.total()).map(publish).buffered(LIMITS.window);
+    let mut confirmed = stream::iter(0..meter.total()).map(publish).buffered(window);
     while confirmed.try_next().await?.is_some() {
         meter.tick();
     }
@@ -282,10 +329,11 @@ async fn consume<B: Broker, E: Sample>(
 ) -> Result<()> {
     let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
     let filled = Meter::new(0, meter.total());
+    let (workers, takes) = if let Loop::Slow(workers) = of { (workers, SLOW) } else { (workers, Duration::ZERO) };
     match of {
         Loop::Raw(_) | Loop::Transport => prepare::<E>(&transport, ordering).await?,
         _ if start(&transport) == Start::New => {
-            service::<E>(&transport, meter, (ordering, workers)).provision(&bus).await?;
+            service::<E>(&transport, meter, (ordering, workers, takes)).provision(&bus).await?;
         }
         _ => {}
     }
@@ -299,7 +347,7 @@ async fn consume<B: Broker, E: Sample>(
     match of {
         Loop::Raw(raw) => broker.consume::<E>(raw, namespace, LIMITS, meter).await?,
         Loop::Transport => poll::<E>(&transport, meter, ordering).await?,
-        _ => serve(&bus, service::<E>(&transport, meter, (ordering, workers)), meter).await?,
+        _ => serve(&bus, service::<E>(&transport, meter, (ordering, workers, takes)), meter).await?,
     }
     Ok(bus.close(Duration::from_secs(5)).await?)
 }
@@ -349,11 +397,11 @@ async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, ordering
 fn service<E: Sample>(
     transport: &Arc<dyn Transport>,
     meter: &Arc<Meter>,
-    (ordering, workers): (Ordering, usize),
+    (ordering, workers, takes): (Ordering, usize, Duration),
 ) -> Service {
     let config = SubscriptionConfig::default().concurrency(workers).max_in_flight(LIMITS.in_flight);
     let config = config.ordering(ordering).start(start(transport));
-    Service::new("bench").state(Arc::clone(meter)).on_with(config, handled::<E>)
+    Service::new("bench").state((Arc::clone(meter), takes)).on_with(config, handled::<E>)
 }
 
 async fn serve(bus: &Bus, service: Service, meter: &Arc<Meter>) -> Result<()> {
@@ -362,8 +410,11 @@ async fn serve(bus: &Bus, service: Service, meter: &Arc<Meter>) -> Result<()> {
     check_settled(meter, running.drain(Duration::from_secs(10)).await.flushed.applied)
 }
 
-async fn handled<E: Sample>(event: E, State(meter): State<Arc<Meter>>) {
+async fn handled<E: Sample>(event: E, State((meter, takes)): State<(Arc<Meter>, Duration)>) {
     drop(std::hint::black_box(event));
+    if !takes.is_zero() {
+        tokio::time::sleep(takes).await;
+    }
     meter.tick();
 }
 

@@ -9,7 +9,7 @@ use tidings_bench::scenario::{Effort, all};
 async fn each_scenario_runs_on_memory() -> Result<()> {
     let effort = Effort { rounds: 2, warm_up: 20, count: 200 };
     let tables = all(&Memory, effort, "", "").await?;
-    assert_eq!(tables.len(), 4);
+    assert_eq!(tables.len(), 6);
     for table in &tables {
         assert!(table.rows.iter().all(|row| row.rounds.len() == effort.rounds), "{}", table.name);
     }

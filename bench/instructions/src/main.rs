@@ -6,7 +6,7 @@
 mod recorded;
 mod scenarios;
 
-use recorded::Cost;
+use recorded::{Cost, Scale};
 use std::process::{Command, ExitCode};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -52,10 +52,8 @@ fn costs() -> Result<Vec<Cost>> {
         .collect()
 }
 
-/// What grows, and for how many of it what one message cost.
-type Curve = (&'static str, Vec<(usize, f64)>);
-
-fn scales() -> Result<Vec<Curve>> {
+/// For each scale how many there were of what grows, and what one message cost.
+fn scales() -> Result<Vec<Scale>> {
     let at = |what: &str, many: usize| Ok((many, instructions(&format!("{what}/{many}"))?));
     scenarios::SCALES
         .iter()

@@ -21,6 +21,9 @@ pub(crate) struct Cost {
     pub(crate) allocations: f64,
 }
 
+/// What grows; how many there were, and what one message cost.
+pub(crate) type Scale = (&'static str, Vec<(usize, f64)>);
+
 fn path() -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "recorded.txt"].iter().collect()
 }
@@ -38,11 +41,11 @@ pub(crate) fn write(costs: &[Cost]) -> Result<()> {
 const SCALE: &str = "# Measured: how the cost of a message grows
 
 Written by `scripts/instructions --scale`: instructions for one message on memory, in one thread, by valgrind; they do not depend on the load
-of the machine. Allocating, hashing and walking show here; what caches miss does not.
+of the machine. Allocating, hashing and walking show here; what caches miss does not. With one subscription the publish itself is in each delivery.
 ";
 
 /// A table of what grows, and by how much the cost does.
-pub(crate) fn write_scale(scales: &[(&str, Vec<(usize, f64)>)]) -> Result<()> {
+pub(crate) fn write_scale(scales: &[Scale]) -> Result<()> {
     let mut text = SCALE.to_owned();
     for (what, costs) in scales {
         let least = costs.iter().map(|(_, cost)| *cost).fold(f64::INFINITY, f64::min);

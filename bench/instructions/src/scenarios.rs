@@ -43,7 +43,7 @@ pub(crate) const ALL: &[(&str, Prepare)] = &[
 /// What grows, how far, and what is counted: each message, delivery or event costs the same if it scales.
 pub(crate) const SCALES: &[(&str, &[usize], Prepare)] = &[
     ("topics published to in turn", &[1, 10, 100, 1_000, 10_000], |_, topics| many_topics(topics)),
-    ("subscriptions of one topic, for each delivery", &[1, 10, 100, 1_000], |_, many| many_subscriptions(many)),
+    ("subscriptions of one topic, for each delivery", &[1, 8, 64, 512, 1024], |_, many| many_subscriptions(many)),
     ("events that wait, read and acked", &[1_000, 10_000, 100_000, 1_000_000], |_, events| backlog(events)),
     ("workers of a handler", &[1, 4, 16, 64, 256], |total, workers| handle(total, plain, workers)),
     ("workers of a handler by key", &[1, 4, 16, 64, 256], |total, workers| handle(total, keyed, workers)),
@@ -143,9 +143,9 @@ async fn submit(publisher: &dyn Publisher, posts: &[Post]) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { Err(format!("{failed:?}").into()) }
 }
 
-/// Reads what there is, 128 at a time at the most, and settles it.
-async fn settle(subscription: &mut Box<dyn Subscription>, polled: &mut Polled) -> Result<usize> {
-    poll_fn(|cx| subscription.poll_batch(cx, 128, polled)).await?;
+/// Reads what there is, up to so many, and settles it.
+async fn settle(subscription: &mut Box<dyn Subscription>, most: usize, polled: &mut Polled) -> Result<usize> {
+    poll_fn(|cx| subscription.poll_batch(cx, most, polled)).await?;
     let count = polled.deliveries.len();
     polled.notices.clear();
     polled.deliveries.drain(..).for_each(|delivery| delivery.acker.ack());
@@ -169,7 +169,7 @@ fn transport(batch: usize) -> Result<Work> {
                 submit(&*publisher, &outgoing).await?;
                 open += batch;
                 while open >= 512.max(batch) || (open > 0 && sent + batch as u64 >= count) {
-                    open -= settle(&mut subscription, &mut polled).await?;
+                    open -= settle(&mut subscription, 128, &mut polled).await?;
                 }
             }
             Ok(())
@@ -209,7 +209,7 @@ fn many_subscriptions(many: usize) -> Result<Work> {
                 for subscription in &mut subscriptions {
                     let mut open = posts.len();
                     while open > 0 {
-                        open -= settle(subscription, &mut polled).await?;
+                        open -= settle(subscription, open, &mut polled).await?;
                     }
                     left = left.saturating_sub(posts.len());
                 }
@@ -235,7 +235,7 @@ fn backlog(events: usize) -> Result<Work> {
                 submit(&*publisher, &posts).await?;
                 let mut open = posts.len();
                 while open > 0 {
-                    open = open.saturating_sub(settle(&mut subscription, &mut polled).await?);
+                    open -= settle(&mut subscription, open, &mut polled).await?;
                 }
                 left = left.saturating_sub(posts.len());
             }
@@ -278,33 +278,39 @@ fn publish_all() -> Result<Work> {
     }))
 }
 
-/// How many were handled, and who waits for how many.
+/// How many were handled, and how many are to be: those that come later wait, however far the workers are ahead.
 #[derive(Default)]
 struct Handled {
     count: AtomicU64,
     goal: AtomicU64,
     reached: Notify,
+    raised: Notify,
 }
 
 impl Handled {
-    fn one(&self) {
-        if self.count.fetch_add(1, Relaxed) + 1 == self.goal.load(Relaxed) {
+    async fn one(&self) {
+        let number = self.count.fetch_add(1, Relaxed) + 1;
+        if number == self.goal.load(Relaxed) {
             self.reached.notify_one();
+        }
+        while number > self.goal.load(Relaxed) {
+            self.raised.notified().await;
         }
     }
 
     async fn wait(&self, more: u64) {
-        self.goal.store(self.count.load(Relaxed) + more, Relaxed);
+        self.goal.fetch_add(more, Relaxed);
+        self.raised.notify_waiters();
         self.reached.notified().await;
     }
 }
 
 async fn handled<E: Event>(_: E, State(handled): State<Arc<Handled>>) {
-    handled.one();
+    handled.one().await;
 }
 
 async fn returned(order: Plain, State(handled): State<Arc<Handled>>) -> Result<Keyed, HandlerError> {
-    handled.one();
+    handled.one().await;
     Ok(keyed(order.number))
 }
 
@@ -329,7 +335,7 @@ fn handle_and_return(total: u64) -> Result<Work> {
     let (runtime, seen) = (runtime()?, Arc::new(Handled::default()));
     let bus = runtime.block_on(filled(total, plain))?;
     let config = SubscriptionConfig::default().start(Start::Beginning);
-    let none = Arc::new(Handled::default());
+    let none = Arc::new(Handled { goal: AtomicU64::new(u64::MAX), ..Handled::default() });
     let other = Service::new("other").state(none).on(handled::<Keyed>);
     let other = runtime.block_on(other.start(&bus))?;
     let service = Service::new("count").state(Arc::clone(&seen)).on_with(config, returned);
