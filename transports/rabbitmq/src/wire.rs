@@ -197,17 +197,17 @@ fn property(value: &Option<lapin::types::ShortString>) -> Option<Text> {
 
 /// CloudEvents 1.0.2, *Type System*: a String holds no control characters.
 fn clean(text: &str) -> Cow<'_, str> {
-    match text.contains(char::is_control) {
-        true => text.chars().filter(|c| !c.is_control()).collect(),
-        false => text.into(),
+    if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return text.into();
     }
+    text.chars().filter(|c| !c.is_control()).collect()
 }
 
 fn attribute(header: &str) -> Option<Cow<'_, str>> {
     let starts = |prefix: &str| header.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix));
-    let prefix = PREFIXES.into_iter().find(|prefix| starts(prefix))?;
-    let name = &header[prefix.len()..];
-    let is_lower = !name.contains(|c: char| c.is_ascii_uppercase());
+    let other = || PREFIXES.into_iter().find(|prefix| starts(prefix)).map(|prefix| &header[prefix.len()..]);
+    let name = header.strip_prefix(PREFIX).or_else(other)?;
+    let is_lower = !name.bytes().any(|byte| byte.is_ascii_uppercase());
     let name = if is_lower { name.into() } else { name.to_ascii_lowercase().into() };
     Some(name).filter(|name: &Cow<'_, str>| !name.is_empty())
 }
