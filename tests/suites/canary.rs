@@ -1,5 +1,5 @@
 //! No secret is shown: not by a configuration, a bus or an error, not in events or dead letters, and not in what is logged at
-//! TRACE, by the clients of NATS and, where `TIDINGS_TEST_TRANSPORTS` names it, RabbitMQ too.
+//! TRACE, by the clients of NATS and, where `TIDINGS_TEST_TRANSPORTS` names it, RabbitMQ and Kafka too.
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
@@ -440,6 +440,43 @@ async fn nor_those_of_rabbitmq() {
     // What was looked through was the client's too.
     assert!(logged().contains("lapin::io_loop: will write to buffer"), "nothing of the client at TRACE");
     assert!(logged().contains("credentials are logged"), "no warning");
+}
+
+// ---- Kafka ----
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_those_of_kafka() {
+    let transports = std::env::var("TIDINGS_TEST_TRANSPORTS").unwrap_or_default();
+    if !transports.split(',').any(|transport| transport.trim() == "kafka") {
+        println!("skipped: TIDINGS_TEST_TRANSPORTS is `{transports}` and does not name kafka");
+        return;
+    }
+    log_all();
+    let start = || tidings_tests::server::Server::start_kafka_with_password(PASSWORD);
+    let (_server, address) = tokio::task::block_in_place(start).unwrap();
+    let by_url = |password: &str, rest: &str| {
+        Config::from_url(&format!("kafka://shop:{}@{address}{rest}", escape(password))).unwrap()
+    };
+    assert_eq!(attempt("by url", by_url(PASSWORD, "")).await, Ok(()));
+    assert_eq!(attempt("wrong by url", by_url(WRONG, "")).await, DENIED);
+    // With and without TLS compiled in.
+    let tls = attempt("a server without TLS", by_url(PASSWORD, "?tls=true&connect_timeout_ms=2000")).await;
+    assert!(matches!(tls, Err(ErrorKind::Config | ErrorKind::Connection | ErrorKind::Timeout)), "{tls:?}");
+    let scram = attempt("another login", by_url(PASSWORD, "?sasl=scram-sha-256")).await;
+    assert!(matches!(scram, Err(ErrorKind::Config | ErrorKind::Denied)), "{scram:?}");
+    let section = |secret: &str| {
+        let at = format!("brokers = ['{address}']\nuser = 'shop'\npassword = {secret}");
+        Config::from_toml(&format!("transport = 'kafka'\n[kafka]\n{at}")).unwrap()
+    };
+    assert_eq!(attempt("in a section", section(&quoted(PASSWORD))).await, Ok(()));
+    assert_eq!(attempt("wrong in a section", section(&quoted(WRONG))).await, DENIED);
+    let file = std::env::temp_dir().join(format!("tidings-secrets-{}-kafka", std::process::id()));
+    std::fs::write(&file, PASSWORD).unwrap();
+    let by_file = attempt("by file", section(&format!("{{ file = {file:?} }}"))).await;
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(by_file, Ok(()));
+    // What was looked through was the client's too.
+    assert!(logged().contains("librdkafka"), "nothing of the client at TRACE");
 }
 
 #[test]

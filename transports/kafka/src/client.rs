@@ -56,7 +56,7 @@ impl Link {
     }
 
     /// No broker can be reached.
-    fn lose(&self, reason: &str) {
+    pub(crate) fn lose(&self, reason: &str) {
         let first = self.down.lock().replace(reason.to_owned()).is_none();
         if first && !self.is_closed() {
             self.up.send_replace(false);

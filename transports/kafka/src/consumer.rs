@@ -190,7 +190,8 @@ pub(crate) struct Driver {
     consumer: Arc<BaseConsumer<GroupContext>>,
     committer: Option<Committer>,
     instance: Arc<Instance>,
-    sources: HashMap<Place, Source>,
+    /// By topic and partition.
+    sources: HashMap<Arc<str>, HashMap<i32, Source>>,
     decoder: Decoder,
     changes: VecDeque<Change>,
     /// What the broker is being told.
@@ -557,7 +558,7 @@ impl Driver {
             let place = (Arc::clone(&part.name), part.partition);
             let epoch = state.add(part, &self.instance.catalog.names);
             let topic = state.parts.get(&epoch).and_then(|part| part.topic.clone());
-            self.sources.insert(place, Source { epoch, topic });
+            self.sources.entry(place.0).or_default().insert(place.1, Source { epoch, topic });
         }
         Ok(())
     }
@@ -574,7 +575,9 @@ impl Driver {
                 return Some(Change::Revoke { places, epochs, deadline });
             }
         }
-        places.iter().for_each(|place| drop(self.sources.remove(place)));
+        for (name, partition) in &places {
+            self.sources.get_mut(name).map(|partitions| partitions.remove(partition));
+        }
         self.instance.state.lock().remove(&epochs);
         if let Err(error) = self.consumer.incremental_unassign(&list_of(&places)) {
             tracing::debug!(%error, "partitions cannot be let go");
@@ -731,9 +734,13 @@ impl Driver {
 }
 
 /// A record as it is kept.
-fn take(sources: &HashMap<Place, Source>, decoder: &mut Decoder, record: &BorrowedMessage<'_>) -> Option<Fetched> {
+fn take(
+    sources: &HashMap<Arc<str>, HashMap<i32, Source>>,
+    decoder: &mut Decoder,
+    record: &BorrowedMessage<'_>,
+) -> Option<Fetched> {
     let (name, partition, offset) = (record.topic(), record.partition(), record.offset());
-    let source = sources.get(&(Arc::from(name), partition))?;
+    let source = sources.get(name)?.get(&partition)?;
     let origin = Origin { topic: source.topic.as_ref(), name, partition, offset };
     let decoded = decoder.decode(record, &origin);
     let offset = u64::try_from(offset).ok()?;

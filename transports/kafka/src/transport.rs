@@ -25,6 +25,9 @@ use tokio::time::{Instant, sleep};
 /// What headers may take of the broker's limit for a record: those of an application, the attributes, and what a dead letter adds.
 const HEADERS: usize = 24 * 1024;
 
+/// How often the cluster is asked at least whether it is there.
+const ASK_EVERY: Duration = Duration::from_secs(5);
+
 /// The native client, as [`Transport::native`] gives it.
 pub type KafkaClient = AdminClient<KafkaContext>;
 
@@ -132,25 +135,29 @@ fn not_connected(link: &Link, unreachable: Error) -> Error {
     }
 }
 
-/// Finds out when the cluster can be reached again, and keeps what clients tell from piling up.
+/// Finds out whether the cluster can be reached, and keeps what clients tell from piling up.
 async fn watch(catalog: Weak<Catalog>, link: Arc<Link>) {
     let mut up = link.up.subscribe();
     let mut round = 0;
     while !link.is_closed() {
-        let Some(catalog) = catalog.upgrade() else { return };
         if link.is_up() {
             round = 0;
-            drop(catalog);
-            let _ = tokio::time::timeout(Duration::from_secs(1), up.changed()).await;
-            continue;
+            if tokio::time::timeout(ASK_EVERY, up.changed()).await.is_ok() {
+                continue;
+            }
         }
-        let answered = blocking(&catalog, |catalog| catalog.answers(Duration::from_secs(1))).await;
+        let Some(catalog) = catalog.upgrade() else { return };
+        // A connection that is silent is noticed by asking; the client takes long while it has nothing to send.
+        let timeout = if link.is_up() { catalog.config.request_timeout } else { Duration::from_secs(1) };
+        let answered = blocking(&catalog, move |catalog| catalog.answers(timeout)).await;
         drop(catalog);
-        if answered.is_ok() {
-            link.recover();
-        } else {
-            round += 1;
-            sleep(Backoff::new(Duration::from_millis(50), Duration::from_secs(1)).delay(round)).await;
+        match answered {
+            Ok(()) => link.recover(),
+            Err(silent) if link.is_up() => link.lose(&silent.to_string()),
+            Err(_) => {
+                round += 1;
+                sleep(Backoff::new(Duration::from_millis(50), Duration::from_secs(1)).delay(round)).await;
+            }
         }
     }
 }

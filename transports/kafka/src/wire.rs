@@ -129,11 +129,25 @@ struct Parts {
     source: Option<Text>,
     event_type: Option<Text>,
     content_type: Option<Text>,
+    time: Option<SystemTime>,
+    recorded_time: Option<SystemTime>,
     attributes: Vec<(Text, String)>,
     headers: tidings_core::Headers,
     topic: Option<Topic>,
     key: Option<Key>,
     due: Option<u64>,
+}
+
+impl Parts {
+    /// Every event of this SDK has times: they are not kept as texts in between.
+    fn put(&mut self, attribute: &str, value: &str) {
+        let time = matches!(attribute, "time" | "recordedtime").then(|| from_rfc3339(value)).flatten();
+        match attribute {
+            "time" if time.is_some() => self.time = time,
+            "recordedtime" if time.is_some() => self.recorded_time = time,
+            _ => self.attributes.push((attribute.into(), value.to_owned())),
+        }
+    }
 }
 
 impl Decoder {
@@ -168,7 +182,7 @@ impl Decoder {
             KEY => parts.key = Some(Key::from(value)),
             DUE => parts.due = text().and_then(|text| text.parse().ok()),
             _ => match attribute(name).zip(text()) {
-                Some((attribute, value)) => parts.attributes.push((attribute.into(), value.to_owned())),
+                Some((attribute, value)) => parts.put(attribute, value),
                 None => parts.headers.append_unchecked(name, Bytes::copy_from_slice(value)),
             },
         }
@@ -198,6 +212,7 @@ impl Decoder {
         let mut message = Message::new(id, source, event_type, topic);
         message.payload = payload;
         message.headers = parts.headers;
+        (message.time, message.recorded_time) = (parts.time, parts.recorded_time);
         message.key = if origin.topic.is_none() && parts.key.is_some() { parts.key } else { key };
         if let Some(content_type) = parts.content_type {
             message.content_type = content_type;
@@ -232,8 +247,6 @@ fn attribute(name: &str) -> Option<&str> {
 fn take_attribute(message: &mut Message, name: Text, value: String) {
     match name.as_str() {
         "dataversion" if value.parse::<u32>().is_ok() => message.version = value.parse().unwrap_or(1),
-        "time" if from_rfc3339(&value).is_some() => message.time = from_rfc3339(&value),
-        "recordedtime" if from_rfc3339(&value).is_some() => message.recorded_time = from_rfc3339(&value),
         "correlationid" => message.correlation_id = Some(value.into()),
         "causationid" => message.causation_id = Some(value.into()),
         // Of a producer that has no other place for it.
