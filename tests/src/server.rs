@@ -158,6 +158,12 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Server {
+    fn stop(&self) {
         if let Err(error) = self.run("down") {
             eprintln!("{} was not stopped: {error}", self.broker);
         }
@@ -186,6 +192,16 @@ fn output(command: &mut Command) -> io::Result<String> {
 pub struct OnDemand {
     broker: &'static str,
     started: Mutex<Option<Arc<Server>>>,
+}
+
+/// What a case has left running may still hold the server when the process ends.
+impl Drop for OnDemand {
+    fn drop(&mut self) {
+        let started = self.started.lock().ok().and_then(|mut started| started.take());
+        if let Some(server) = started {
+            server.stop();
+        }
+    }
 }
 
 impl OnDemand {
