@@ -46,7 +46,7 @@ pub enum Loop {
     Sdk,
     /// `Bus::publish_all`.
     All,
-    /// So many handlers at a time, each of which takes [`SLOW`].
+    /// So many handlers at a time, each of which takes 10 ms.
     Slow(usize),
 }
 
