@@ -257,7 +257,7 @@ fn mixed(order: &Order, attempt: u32) -> Act {
 }
 
 /// How many may be unsettled in an instance of [`all_at_once_loses_and_reorders_nothing`].
-const IN_FLIGHT: usize = 64;
+const IN_FLIGHT: usize = 128;
 
 /// 2,000 orders of 50 customers: one instance is killed and one drained in the middle, some fail, some for ever.
 async fn all_at_once_loses_and_reorders_nothing(env: Env) {
