@@ -121,8 +121,7 @@ async fn an_instance_that_drains_repeats_nothing(env: Env) {
 async fn what_a_dead_instance_left_comes_again_marked(env: Env) {
     shareable(&env).await;
     let history = History::unordered();
-    let hangs = history.desk("one", 1, |order, _| if order.number == 0 { Act::Pass } else { Act::Hang });
-    let one = Instance::of(&env, &hangs, config()).await;
+    let one = Instance::of(&env, &history.desk("one", 1, |_, _| Act::Hang), config()).await;
     takes_part(&one).await;
     let published = publishing(&env.bus(), rounds(40, 0..5));
     history.running("one", 2).await;
