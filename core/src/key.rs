@@ -1,17 +1,18 @@
 //! The key of an event: what its order is kept by.
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 
 /// Events of one topic with the same key keep their order.
 ///
 /// A key is bytes, because other clients' keys may be; keys of events in this SDK are text. Up to
 /// 38 bytes (a UUID in text has 36) are kept inline, so that a key costs no allocation.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key(Repr);
 
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Repr {
-    // Unused bytes are zero, so that derived equality and hashing are right.
+    // Unused bytes are zero, so that derived equality is right.
     Inline(u8, [u8; INLINE]),
     Heap(Box<[u8]>),
 }
@@ -32,6 +33,13 @@ impl Key {
     #[must_use]
     pub fn as_str(&self) -> Option<&str> {
         std::str::from_utf8(self.as_bytes()).ok()
+    }
+}
+
+impl Hash for Key {
+    /// Of the bytes alone: most keys are far shorter than the room for them.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_bytes().hash(state);
     }
 }
 

@@ -180,8 +180,8 @@ impl Route for Refuse {
 
     fn work(self: Arc<Self>, mut worker: Worker) -> BoxFuture<()> {
         Box::pin(async move {
-            while let Some(run) = worker.next().await {
-                worker.refuse(run).await;
+            while worker.next().await {
+                worker.refuse().await;
             }
         })
     }
@@ -220,8 +220,8 @@ where
 
     fn work(self: Arc<Self>, mut worker: Worker) -> BoxFuture<()> {
         Box::pin(async move {
-            while let Some(run) = worker.next().await {
-                worker.run(run, |messages, cx| A::build(messages, cx).map(|args| self.handler.call(args))).await;
+            while worker.next().await {
+                worker.run(|messages, cx| A::build(messages, cx).map(|args| self.handler.call(args))).await;
             }
         })
     }

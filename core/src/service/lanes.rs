@@ -7,7 +7,7 @@ use crate::transport::{Acker, Delivery, Lease, Ordering};
 use crate::{Key, Message, Topic, header};
 use foldhash::fast::RandomState;
 use slab::Slab;
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque, hash_map};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -189,9 +189,12 @@ impl Lanes {
         let entry = &self.entries[id];
         let position = entry.position;
         let Some(key) = &entry.lane else { return self.activate(id) };
-        let Some(lane) = self.lanes.get_mut(key) else {
-            self.lanes.insert(key.clone(), Lane { first: id, last: id, len: 1 });
-            return self.activate(id);
+        let lane = match self.lanes.entry(key.clone()) {
+            hash_map::Entry::Occupied(lane) => lane.into_mut(),
+            hash_map::Entry::Vacant(free) => {
+                free.insert(Lane { first: id, last: id, len: 1 });
+                return self.activate(id);
+            }
         };
         lane.len += 1;
         let (first, crowded) = (lane.first, is_crowded(lane, self.limit));
@@ -325,7 +328,7 @@ impl Lanes {
         let mut jobs: Vec<Job> = others.filter_map(|(_, entry)| entry.job.take()).collect();
         for job in &jobs {
             let entry = self.entries.remove(job.id);
-            let first = self.leave_lane(job.id, entry.lane.as_ref(), entry.next);
+            let first = self.leave_lane(job.id, entry.lane, entry.next);
             if let Some(first) = first.filter(|first| Some(*first) == except) {
                 self.activate(first);
             }
@@ -340,7 +343,7 @@ impl Lanes {
         self.running -= 1;
         self.isolated = self.isolated.filter(|isolated| *isolated != id);
         let entry = self.entries.remove(id);
-        if let Some(next) = self.leave_lane(id, entry.lane.as_ref(), entry.next)
+        if let Some(next) = self.leave_lane(id, entry.lane, entry.next)
             && self.entries[next].state == State::Waiting
         {
             self.activate(next);
@@ -364,7 +367,7 @@ impl Lanes {
         entry.state = State::Waiting;
         entry.job = Some(job);
         let (key, next) = (entry.lane.clone(), entry.next.take());
-        if let Some(next) = self.leave_lane(id, key.as_ref(), next)
+        if let Some(next) = self.leave_lane(id, key, next)
             && self.entries[next].state == State::Waiting
         {
             self.activate(next);
@@ -374,16 +377,17 @@ impl Lanes {
     }
 
     /// Closes the gap that a removed job leaves in its lane, and says who is the first now, if that was it.
-    fn leave_lane(&mut self, id: JobId, key: Option<&LaneKey>, next: Option<JobId>) -> Option<JobId> {
-        let lane = self.lanes.get_mut(key?)?;
-        lane.len -= 1;
-        if lane.first == id {
+    fn leave_lane(&mut self, id: JobId, key: Option<LaneKey>, next: Option<JobId>) -> Option<JobId> {
+        let hash_map::Entry::Occupied(mut lane) = self.lanes.entry(key?) else { return None };
+        if lane.get().first == id {
             match next {
-                Some(next) => lane.first = next,
-                None => drop(self.lanes.remove(key?)),
+                Some(next) => (lane.get_mut().first, lane.get_mut().len) = (next, lane.get().len - 1),
+                None => drop(lane.remove()),
             }
             return next;
         }
+        let lane = lane.into_mut();
+        lane.len -= 1;
         // One of a batch, whose first is still running.
         let mut before = lane.first;
         while let Some(behind) = self.entries[before].next {

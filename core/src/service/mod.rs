@@ -294,6 +294,20 @@ pub(crate) struct Subscribed {
     counters: Counters,
 }
 
+/// What follows from the end of a job.
+struct Finished {
+    successor: Option<Acker>,
+    should_read: bool,
+    told: Told,
+}
+
+impl Finished {
+    fn of(lanes: &mut Lanes, id: JobId, passed: bool) -> Self {
+        let told = if passed { lanes.outage.passed() } else { Told::Nothing };
+        Self { successor: lanes.finish(id), should_read: lanes.should_read(), told }
+    }
+}
+
 impl Subscribed {
     fn new(planned: Planned, scope: Arc<Scope>, source: Text, layers: Option<Next>) -> Self {
         let Planned { spec, config, routes } = planned;
@@ -327,6 +341,14 @@ impl Subscribed {
         self.runs.load(Relaxed) < self.config.concurrency
     }
 
+    /// A run is over. If there were fewer than may be, nobody was refused one; nor if all are of one handler, which has a
+    /// worker for each.
+    fn end_turn(&self) {
+        if self.runs.fetch_sub(1, Relaxed) == self.config.concurrency && self.routes.len() > 1 {
+            self.with_lanes(|_| {});
+        }
+    }
+
     /// Changes the lanes, then wakes a worker of each route that has something to do.
     fn with_lanes<R>(&self, change: impl FnOnce(&mut Lanes) -> R) -> R {
         let mut lanes = self.lanes.lock();
@@ -353,10 +375,11 @@ impl Subscribed {
     /// Ends a running job in the lanes, and tells the pump when it should read again. `passed` says that its handler
     /// did not fail for now.
     fn finish(&self, id: JobId, passed: bool) -> Option<Acker> {
-        let (successor, should_read, told) = self.with_lanes(|lanes| {
-            let told = if passed { lanes.outage.passed() } else { Told::Nothing };
-            (lanes.finish(id), lanes.should_read(), told)
-        });
+        self.finished(self.with_lanes(|lanes| Finished::of(lanes, id, passed)))
+    }
+
+    fn finished(&self, finished: Finished) -> Option<Acker> {
+        let Finished { successor, should_read, told } = finished;
         if should_read || told == Told::Over {
             self.pump.notify_one();
         }
@@ -373,6 +396,15 @@ impl Subscribed {
         }
         self.counters.handled.fetch_add(1, Relaxed);
         self.finish(job.id, true).unwrap_or(job.delivery.acker).ack();
+    }
+
+    /// The event was handled, nothing was returned, and its worker comes back at once for what that makes ready: if there is
+    /// no other handler, nobody has to be woken.
+    fn settle_plain(&self, job: Job) {
+        self.counters.handled.fetch_add(1, Relaxed);
+        let finish = |lanes: &mut Lanes| Finished::of(lanes, job.id, true);
+        let finished = if self.routes.len() == 1 { finish(&mut self.lanes.lock()) } else { self.with_lanes(finish) };
+        self.finished(finished).unwrap_or(job.delivery.acker).ack();
     }
 
     /// The lease was lost: the event is left to who has it, which may be a copy that has come here meanwhile.

@@ -10,10 +10,12 @@ use crate::transport::Lease;
 use crate::{Error, ErrorKind, Key, Message, Result, Topic};
 use futures_util::FutureExt;
 use std::any::Any;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
@@ -23,28 +25,31 @@ pub(crate) struct Worker {
     route: usize,
     /// The most jobs of one run.
     batch: usize,
+    run: Run,
     pub(super) outputs: Outputs,
     /// What the outputs are sent as, kept for its room.
     pub(super) posts: Vec<Post>,
 }
 
-/// What one call of the handler works on: one job, or for a batch at least one.
-pub(crate) struct Run {
-    first: Job,
+/// What one call of the handler works on: one job, or for a batch at least one. Kept in its worker, because moving it from
+/// call to call costs more than most of these do.
+#[derive(Default)]
+struct Run {
+    first: Option<Job>,
     more: Vec<Job>,
-    turn: Turn,
+    /// It is one of as many runs as may go on at a time.
+    goes_on: bool,
 }
 
-/// One of as many runs as may go on at a time; dropped, it goes to who waits.
-struct Turn(Arc<Subscribed>);
+impl Run {
+    fn jobs(&self) -> impl Iterator<Item = &Job> {
+        self.first.iter().chain(&self.more)
+    }
+}
 
-impl Drop for Turn {
+impl Drop for Worker {
     fn drop(&mut self) {
-        let Self(subscribed) = self;
-        // If there were fewer, nobody was refused a turn.
-        if subscribed.runs.fetch_sub(1, Relaxed) == subscribed.config.concurrency {
-            subscribed.with_lanes(|_| {});
-        }
+        self.end_turn();
     }
 }
 
@@ -53,21 +58,24 @@ impl Worker {
         let bus = &subscribed.scope.bus;
         let outputs = Outputs::new(subscribed.source.clone(), bus.content_type().clone());
         let batch = subscribed.batch_of(route);
-        Self { subscribed, route, batch, outputs, posts: Vec::new() }
+        Self { subscribed, route, batch, run: Run::default(), outputs, posts: Vec::new() }
     }
 
-    /// The next run; `None` when the service stops.
-    pub(crate) async fn next(&mut self) -> Option<Run> {
+    /// Waits for what is to be run next; `false` when the service stops.
+    pub(crate) async fn next(&mut self) -> bool {
+        if self.batch == 1 && self.take() {
+            return true;
+        }
         let subscribed = Arc::clone(&self.subscribed);
         loop {
             // Made before the check, so that no wake-up is lost.
             let notified = subscribed.ready[self.route].notified();
             self.linger().await;
-            if let Some(run) = self.take() {
-                return Some(run);
+            if self.take() {
+                return true;
             }
             if self.subscribed.lanes.lock().is_stopped() {
-                return None;
+                return false;
             }
             notified.await;
         }
@@ -88,104 +96,165 @@ impl Worker {
         }
     }
 
-    /// Takes jobs whose lease is still live.
-    fn take(&self) -> Option<Run> {
-        loop {
-            let (first, more, should_read) = self.subscribed.with_lanes(|lanes| {
-                if !self.subscribed.may_run() {
-                    return None;
-                }
-                let first = lanes.take(self.route)?;
-                let mut more = Vec::new();
-                lanes.take_more(self.route, &first, self.batch - 1, &mut more);
-                self.subscribed.runs.fetch_add(1, Relaxed);
-                // Others have nothing to do.
-                let should_read = self.subscribed.may_run() && lanes.should_read();
-                Some((first, more, should_read))
-            })?;
-            let turn = Turn(Arc::clone(&self.subscribed));
-            if should_read {
-                self.subscribed.pump.notify_one();
+    /// Takes jobs whose lease is still live, if there are any.
+    fn take(&mut self) -> bool {
+        while self.take_any() {
+            let lost = |job: &Job| job.delivery.acker.lease() != Lease::Live;
+            if self.run.more.is_empty() && !self.run.first.as_ref().is_some_and(lost) {
+                return true;
             }
-            if more.is_empty() && first.delivery.acker.lease() == Lease::Live {
-                return Some(Run { first, more, turn });
-            }
-            let (live, lost): (Vec<_>, Vec<_>) =
-                std::iter::once(first).chain(more).partition(|job| job.delivery.acker.lease() == Lease::Live);
+            let all = self.run.first.take().into_iter().chain(std::mem::take(&mut self.run.more));
+            let (lost, live): (Vec<_>, Vec<_>) = all.partition(lost);
             lost.into_iter().for_each(|job| self.subscribed.leave(job));
             let mut live = live.into_iter();
-            if let Some(first) = live.next() {
-                return Some(Run { first, more: live.collect(), turn });
+            self.run.first = live.next();
+            self.run.more.extend(live);
+            if self.run.first.is_some() {
+                return true;
             }
+            self.end_turn();
+        }
+        false
+    }
+
+    fn take_any(&mut self) -> bool {
+        let Self { subscribed, run, .. } = self;
+        let should_read = subscribed.with_lanes(|lanes| {
+            if !subscribed.may_run() {
+                return None;
+            }
+            run.first = lanes.take(self.route);
+            lanes.take_more(self.route, run.first.as_ref()?, self.batch - 1, &mut run.more);
+            subscribed.runs.fetch_add(1, Relaxed);
+            run.goes_on = true;
+            // Others have nothing to do.
+            Some(subscribed.may_run() && lanes.should_read())
+        });
+        if should_read == Some(true) {
+            subscribed.pump.notify_one();
+        }
+        should_read.is_some()
+    }
+
+    /// Another run may begin in the place of this one, if one waits for that.
+    fn end_turn(&mut self) {
+        if std::mem::take(&mut self.run.goes_on) {
+            self.subscribed.end_turn();
         }
     }
 
     /// Runs the handler and concludes: acks after what it returned is confirmed, or retries, or dead-letters.
     ///
     /// `start` decodes, extracts and calls; it may fail or panic, as the handler's future may.
-    pub(crate) async fn run<F>(&mut self, run: Run, start: impl FnOnce(&[&Message], &Context<'_>) -> Result<F>)
+    pub(crate) async fn run<F>(&mut self, start: impl FnOnce(&[&Message], &Context<'_>) -> Result<F>)
     where
         F: Future<Output: IntoOutcome> + Send + 'static,
     {
         self.outputs.messages.clear();
         self.outputs.each = None;
-        if run.first.crashes() > self.subscribed.config.max_deliveries {
-            let crashes = run.first.crashes() - 1;
-            let _settled = self.conclude(run.first, Err(Failure::suspect(crashes))).await;
-            return;
-        }
-        let result = match catch_unwind(AssertUnwindSafe(|| self.start(&run, start))) {
-            Err(panic) => Err(Failure::panicked(&panic_text(&*panic))),
-            Ok(Err(error)) => Err(self.not_started(&run, &error)),
-            Ok(Ok(future)) => match self.subscribed.layers.clone() {
-                None => self.finish(future).await,
-                Some(layers) => self.finish(through(layers, self.request(&run, future))).await,
-            },
+        let result = match (self.suspected(), self.subscribed.layers.clone()) {
+            (Some(failure), _) => Err(failure),
+            (None, None) => {
+                // The handler's future may be large: it is moved as little as can be.
+                let mut future = pin!(None);
+                match self.begin(|first| self.start(first, start).map(|started| future.set(Some(started)))) {
+                    Ok(()) => self.finish(future).await,
+                    Err(failure) => Err(failure),
+                }
+            }
+            (None, Some(layers)) => {
+                match self.begin(|first| self.start(first, start).map(|future| self.request(first, future))) {
+                    Ok(request) => self.finish(pin!(Some(through(layers, request)))).await,
+                    Err(failure) => Err(failure),
+                }
+            }
         };
-        let Run { first, more, turn: _turn } = run;
-        if more.is_empty() {
-            let result = result.and_then(|()| self.of_one());
-            let _settled = self.conclude(first, result).await;
-        } else {
-            self.conclude_batch(first, more, result).await;
+        // By itself, because most runs end so.
+        if result.is_ok() && self.is_plain() {
+            if let Some(job) = self.run.first.take() {
+                self.subscribed.settle_plain(job);
+            }
+            return self.end_turn();
+        }
+        self.end_run(result).await;
+    }
+
+    /// Why the next run must not begin: its event has ended too many instances.
+    fn suspected(&self) -> Option<Failure> {
+        let crashes = self.run.first.as_ref().map_or(0, Job::crashes);
+        (crashes > self.subscribed.config.max_deliveries).then(|| Failure::suspect(crashes - 1))
+    }
+
+    /// Makes what `start` makes, if it neither fails nor panics.
+    fn begin<T>(&self, start: impl FnOnce(&Job) -> Result<T>) -> Result<T, Failure> {
+        let Some(first) = &self.run.first else { return Err(Failure::panicked("a run without a job")) };
+        match catch_unwind(AssertUnwindSafe(|| start(first))) {
+            Err(panic) => Err(Failure::panicked(&panic_text(&*panic))),
+            Ok(Err(error)) => Err(self.not_started(first, &error)),
+            Ok(Ok(started)) => Ok(started),
         }
     }
 
-    fn start<F>(&self, run: &Run, start: impl FnOnce(&[&Message], &Context<'_>) -> Result<F>) -> Result<F> {
-        let message = &run.first.delivery.message;
+    async fn end_run(&mut self, result: Result<(), Failure>) {
+        if let Some(first) = self.run.first.take() {
+            let more = std::mem::take(&mut self.run.more);
+            if more.is_empty() {
+                let result = result.and_then(|()| self.of_one());
+                let _settled = self.conclude(first, result).await;
+            } else {
+                self.conclude_batch(first, more, result).await;
+            }
+        }
+        self.end_turn();
+    }
+
+    /// Whether a run that has not failed is over: of one event, for which nothing was returned.
+    fn is_plain(&self) -> bool {
+        self.run.more.is_empty() && self.outputs.each.is_none() && self.outputs.messages.is_empty()
+    }
+
+    fn start<F>(&self, first: &Job, start: impl FnOnce(&[&Message], &Context<'_>) -> Result<F>) -> Result<F> {
+        let message = &first.delivery.message;
         let max = self.subscribed.scope.bus.max_payload();
-        let cx = Context { subscribed: &self.subscribed, scope: &self.subscribed.scope, job: &run.first };
-        if run.more.is_empty() {
+        let cx = Context { subscribed: &self.subscribed, scope: &self.subscribed.scope, job: first };
+        if self.run.more.is_empty() {
             check_size(message, max)?;
             return start(&[message], &cx);
         }
-        let messages: Vec<_> = std::iter::once(&run.first).chain(&run.more).map(|job| &*job.delivery.message).collect();
+        let messages: Vec<_> = self.run.jobs().map(|job| &*job.delivery.message).collect();
         messages.iter().try_for_each(|message| check_size(message, max))?;
         start(&messages, &cx)
     }
 
     /// The run as layers see it.
-    fn request<F: Future<Output: IntoOutcome> + Send + 'static>(&self, run: &Run, future: F) -> Request {
+    fn request<F: Future<Output: IntoOutcome> + Send + 'static>(&self, first: &Job, future: F) -> Request {
         let mut outputs = self.outputs.fresh();
-        let jobs = std::iter::once(&run.first).chain(&run.more);
         Request {
             subscription: self.subscribed.name.clone(),
-            messages: jobs.map(|job| Arc::clone(&job.delivery.message)).collect(),
-            attempt: run.first.failures.attempts + 1,
+            messages: self.run.jobs().map(|job| Arc::clone(&job.delivery.message)).collect(),
+            attempt: first.failures.attempts + 1,
             run: Box::pin(async move { future.await.into_outcome(&mut outputs).map(|()| outputs) }),
         }
     }
 
     /// Awaits the handler, within its time, and takes in what it returned.
-    async fn finish<F: Future<Output: IntoOutcome>>(&mut self, future: F) -> Result<(), Failure> {
+    async fn finish<F>(&mut self, mut future: Pin<&mut Option<F>>) -> Result<(), Failure>
+    where
+        F: Future<Output: IntoOutcome>,
+    {
         let limit = self.subscribed.config.timeout_or_forever();
-        // The future is dropped inside, because that may panic too.
-        let in_time = async { before(|| Instant::now() + limit, future).await };
-        let returned = match AssertUnwindSafe(in_time).catch_unwind().await {
-            Err(panic) => return Err(Failure::panicked(&panic_text(&*panic))),
-            Ok(None) => return Err(Failure::timed_out(limit)),
-            Ok(Some(returned)) => returned,
-        };
+        let run = poll_fn(|cx| future.as_mut().as_pin_mut().map_or(Poll::Pending, |future| future.poll(cx)));
+        let returned = AssertUnwindSafe(before(|| Instant::now() + limit, run)).catch_unwind().await;
+        // That may panic too.
+        let dropped = catch_unwind(AssertUnwindSafe(|| future.set(None)));
+        match (returned, dropped) {
+            (Err(panic), _) | (_, Err(panic)) => Err(Failure::panicked(&panic_text(&*panic))),
+            (Ok(None), _) => Err(Failure::timed_out(limit)),
+            (Ok(Some(returned)), _) => self.take_in(returned),
+        }
+    }
+
+    fn take_in(&mut self, returned: impl IntoOutcome) -> Result<(), Failure> {
         let outputs = &mut self.outputs;
         match catch_unwind(AssertUnwindSafe(|| returned.into_outcome(outputs))) {
             Err(panic) => Err(Failure::panicked(&panic_text(&*panic))),
@@ -194,15 +263,16 @@ impl Worker {
         }
     }
 
-    fn not_started(&self, run: &Run, error: &Error) -> Failure {
+    fn not_started(&self, first: &Job, error: &Error) -> Failure {
         let newest = self.subscribed.routes[self.route].accepts().event.map_or(u32::MAX, |event| event.version);
-        Failure::not_started(error, run.first.delivery.message.version > newest)
+        Failure::not_started(error, first.delivery.message.version > newest)
     }
 
     /// Dead-letters what no handler takes.
-    pub(crate) async fn refuse(&mut self, run: Run) {
-        let failure = Failure::unrouted(&run.first.delivery.message.event_type);
-        let _settled = self.conclude(run.first, Err(failure)).await;
+    pub(crate) async fn refuse(&mut self) {
+        let Some(first) = &self.run.first else { return };
+        let failure = Failure::unrouted(&first.delivery.message.event_type);
+        self.end_run(Err(failure)).await;
     }
 
     /// The result of the only event of a batch, if its handler returned one for each.
