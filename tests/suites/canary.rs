@@ -1,5 +1,5 @@
 //! No secret is shown: not by a configuration, a bus or an error, not in events or dead letters, and not in what is logged at
-//! TRACE, by the clients of NATS and, where `TIDINGS_TEST_TRANSPORTS` names it, RabbitMQ and Kafka too.
+//! TRACE, by the clients of NATS and, where `TIDINGS_TEST_FAULTS` names it, RabbitMQ and Kafka too.
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
@@ -388,9 +388,9 @@ async fn nor_in_dead_letters() {
 
 /// A server that knows `shop` by this password; none if it is not asked for.
 fn rabbitmq(password: &str) -> Option<tidings_tests::server::Server> {
-    let transports = std::env::var("TIDINGS_TEST_TRANSPORTS").unwrap_or_default();
+    let transports = std::env::var("TIDINGS_TEST_FAULTS").unwrap_or_default();
     if !transports.split(',').any(|transport| transport.trim() == "rabbitmq") {
-        println!("skipped: TIDINGS_TEST_TRANSPORTS is `{transports}` and does not name rabbitmq");
+        println!("skipped: TIDINGS_TEST_FAULTS is `{transports}` and does not name rabbitmq");
         return None;
     }
     let server = tidings_tests::server::Server::start("rabbitmq").unwrap();
@@ -446,9 +446,9 @@ async fn nor_those_of_rabbitmq() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_those_of_kafka() {
-    let transports = std::env::var("TIDINGS_TEST_TRANSPORTS").unwrap_or_default();
+    let transports = std::env::var("TIDINGS_TEST_FAULTS").unwrap_or_default();
     if !transports.split(',').any(|transport| transport.trim() == "kafka") {
-        println!("skipped: TIDINGS_TEST_TRANSPORTS is `{transports}` and does not name kafka");
+        println!("skipped: TIDINGS_TEST_FAULTS is `{transports}` and does not name kafka");
         return;
     }
     log_all();

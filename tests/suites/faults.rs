@@ -1,6 +1,6 @@
 //! Faults of real brokers: killed, cut off, stalled, slow, gone; and what is refused.
 //!
-//! `TIDINGS_TEST_TRANSPORTS=nats` says on which brokers, as for the conformance suite; each test starts one of its own.
+//! `TIDINGS_TEST_FAULTS=nats` says on which brokers; each test starts one of its own.
 //! `TIDINGS_TEST_EVENTS=100000` and `TIDINGS_TEST_GONE_S=30` are for runs by hand. Numbers are printed: `--nocapture`.
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
@@ -48,14 +48,14 @@ const KINDS: [Kind; 3] = [
     Kind { name: "kafka", delete: None, in_flight: 256, recovery: Duration::from_secs(15) },
 ];
 
-/// The brokers that `TIDINGS_TEST_TRANSPORTS` names.
+/// The brokers that `TIDINGS_TEST_FAULTS` names.
 fn chosen() -> Vec<Kind> {
-    let named = std::env::var("TIDINGS_TEST_TRANSPORTS").unwrap_or_default();
+    let named = std::env::var("TIDINGS_TEST_FAULTS").unwrap_or_default();
     let names: Vec<_> = named.split(',').map(str::trim).collect();
     let chosen: Vec<_> = KINDS.into_iter().filter(|kind| names.contains(&kind.name)).collect();
     if chosen.is_empty() {
         let known: Vec<_> = KINDS.iter().map(|kind| kind.name).collect();
-        println!("skipped: TIDINGS_TEST_TRANSPORTS is `{named}` and names none of {}", known.join(", "));
+        println!("skipped: TIDINGS_TEST_FAULTS is `{named}` and names none of {}", known.join(", "));
     }
     chosen
 }

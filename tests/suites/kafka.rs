@@ -1,4 +1,4 @@
-//! What only Kafka can show, and neither the conformance suite nor that of faults does; where `TIDINGS_TEST_TRANSPORTS` names
+//! What only Kafka can show, and neither the conformance suite nor that of faults does; where `TIDINGS_TEST_FAULTS` names
 //! `kafka`.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
@@ -12,10 +12,10 @@ use tidings_tests::server::Server;
 use tidings_tests::{Order, dead_letters, eventually, order};
 
 fn is_chosen() -> bool {
-    let transports = std::env::var("TIDINGS_TEST_TRANSPORTS").unwrap_or_default();
+    let transports = std::env::var("TIDINGS_TEST_FAULTS").unwrap_or_default();
     let is_chosen = transports.split(',').any(|transport| transport.trim() == "kafka");
     if !is_chosen {
-        println!("skipped: TIDINGS_TEST_TRANSPORTS is `{transports}` and does not name kafka");
+        println!("skipped: TIDINGS_TEST_FAULTS is `{transports}` and does not name kafka");
     }
     is_chosen
 }

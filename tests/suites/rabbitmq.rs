@@ -1,4 +1,4 @@
-//! What only RabbitMQ can show, and the conformance suite does not; where `TIDINGS_TEST_TRANSPORTS` names `rabbitmq`.
+//! What only RabbitMQ can show, and the conformance suite does not; where `TIDINGS_TEST_FAULTS` names `rabbitmq`.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use std::future::poll_fn;
@@ -24,10 +24,10 @@ use tokio::time::timeout;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn is_chosen() -> bool {
-    let transports = std::env::var("TIDINGS_TEST_TRANSPORTS").unwrap_or_default();
+    let transports = std::env::var("TIDINGS_TEST_FAULTS").unwrap_or_default();
     let chosen = transports.split(',').any(|transport| transport.trim() == "rabbitmq");
     if !chosen {
-        println!("skipped: TIDINGS_TEST_TRANSPORTS is `{transports}` and does not name rabbitmq");
+        println!("skipped: TIDINGS_TEST_FAULTS is `{transports}` and does not name rabbitmq");
     }
     chosen
 }
