@@ -3,7 +3,7 @@
 use cpu_time::ProcessTime;
 use stats_alloc::INSTRUMENTED_SYSTEM;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
@@ -13,13 +13,14 @@ pub struct Meter {
     warm_up: u64,
     count: u64,
     seen: AtomicU64,
-    begun: Mutex<Option<Begun>>,
+    begun: OnceLock<Begun>,
     sample: Mutex<Option<Sample>>,
     /// From when each event was made to when it was handled, the warm-up's too.
     took: Mutex<Vec<Duration>>,
     /// The most bytes that were allocated at a time, and what was before.
     peak: AtomicUsize,
     before: usize,
+    counts: bool,
     pace: Option<Pace>,
     first: Notify,
     over: Notify,
@@ -75,11 +76,12 @@ impl Meter {
             warm_up,
             count,
             seen: AtomicU64::new(0),
-            begun: Mutex::default(),
+            begun: OnceLock::new(),
             sample: Mutex::default(),
             took: Mutex::default(),
             peak: AtomicUsize::new(0),
             before: live(),
+            counts: counts(),
             pace: None,
             first: Notify::new(),
             over: Notify::new(),
@@ -127,13 +129,14 @@ impl Meter {
             self.first.notify_one();
         }
         if before < self.warm_up.max(1) && after >= self.warm_up {
-            *lock(&self.begun) = Some(Begun::now());
+            let _ = self.begun.set(Begun::now());
         }
-        if after >= self.warm_up && counts() {
+        if self.counts && after >= self.warm_up {
             self.peak.fetch_max(live(), Relaxed);
         }
         if before < self.total() && after >= self.total() {
-            *lock(&self.sample) = lock(&self.begun).as_ref().map(|begun| self.ended(begun));
+            // Whoever saw the last event of the warm-up may still be about to tell.
+            *lock(&self.sample) = Some(self.ended(self.begun.wait()));
             self.over.notify_one();
         }
         after < self.total()

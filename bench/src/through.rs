@@ -37,6 +37,8 @@ pub const ACKED_TYPED: Raw = Raw {
 
 /// How many are in a batch.
 pub const BATCH: usize = 128;
+/// How many `submit_and_wait` takes.
+const SUBMITTED: usize = 64;
 
 /// So many at a time; on a runtime of one thread, or on this one.
 #[derive(Clone, Copy, Debug)]
@@ -50,10 +52,8 @@ pub async fn run(of: Loop, how: Through, meter: &Arc<Meter>) -> Result<()> {
         return run_here(of, how.batch, meter).await;
     }
     let run = || {
-        Builder::new_current_thread()
-            .enable_all()
-            .build()?
-            .block_on(timeout(PATIENCE, run_here(of, how.batch, meter)))?
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async { timeout(PATIENCE, run_here(of, how.batch, meter)).await? })
     };
     tokio::task::block_in_place(|| thread::scope(|scope| scope.spawn(run).join())).map_err(|_| "a panic")?
 }
@@ -148,9 +148,10 @@ async fn transport(batch: usize, meter: &Arc<Meter>) -> Result<()> {
 async fn submit(publisher: Arc<dyn Publisher>, message: Arc<Message>, batch: usize, total: u64) -> Result<()> {
     let posts = vec![(Destination::Topic(message.topic.clone()), message, None, false); batch];
     for number in 0..total.div_ceil(batch as u64) {
-        let failed = submit_and_wait(&*publisher, &posts[..of_batch(number, batch, total)]).await;
-        if let Some((_, failure)) = failed.into_iter().next() {
-            return Err(failure.error.into());
+        for part in posts[..of_batch(number, batch, total)].chunks(SUBMITTED) {
+            if let Some((_, failure)) = submit_and_wait(&*publisher, part).await.pop() {
+                return Err(failure.error.into());
+            }
         }
     }
     Ok(())
