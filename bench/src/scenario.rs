@@ -270,7 +270,8 @@ impl Scenario {
         match self {
             Self::PublishLarge | Self::PublishPacked | Self::ConsumeLarge | Self::ConsumePacked => part(2),
             Self::PublishOne | Self::Failures => part(10),
-            Self::Slow => Effort { rounds: rounds.min(3), ..part(100) },
+            // All handlers, several times over.
+            Self::Slow => Effort { rounds: rounds.min(3), warm_up: 64, count: 64 * (count / 4_000).max(1) },
             Self::RoundTrip => Effort { rounds: rounds.min(5), ..part(80) },
             Self::Through(_) => Effort { count: count * 10, ..effort },
             _ => effort,
