@@ -118,8 +118,11 @@ mod tests {
             Ok(())
         }
         for number in [0, 99_999_999] {
-            (check::<Plain>(number)?, check::<Keyed>(number)?, check::<Large>(number)?);
-            (check::<Packed>(number)?, check::<Timed>(number)?);
+            check::<Plain>(number)?;
+            check::<Keyed>(number)?;
+            check::<Large>(number)?;
+            check::<Packed>(number)?;
+            check::<Timed>(number)?;
         }
         let timed = Timed::decode(Timed::CONTENT, 1, &encode(&Timed::new(0))?)?;
         assert!(timed.age().is_some_and(|age| age < Duration::from_secs(60)));

@@ -9,6 +9,8 @@ const LEFT: f64 = 260.0;
 const WIDTH: f64 = 440.0;
 const LINE: f64 = 18.0;
 const TOP: f64 = 70.0;
+/// Where the scale ends at the latest: what is more stands at its end, with its number beside it.
+const MOST: f64 = 2.0;
 
 const STYLE: &str = "text{font:12px system-ui,sans-serif;fill:#1f2328}.title{font-weight:600}.quiet{fill:#59636e}\
     line{stroke:#d1d9e0}.one{stroke:#59636e;stroke-dasharray:3 3}rect{fill:#54aeff}circle{fill:#0969da}\
@@ -46,8 +48,8 @@ fn compared(table: &Table) -> Option<Compared<'_>> {
 fn draw(text: &mut String, broker: &str, tables: &[Compared<'_>]) -> Result {
     let lines = tables.iter().map(|table| table.rows.len() + 1).sum::<usize>() as f64;
     let (right, bottom) = (LEFT + WIDTH, TOP + lines * LINE);
-    let most = tables.iter().flat_map(|table| &table.rows).map(|(_, [.., high])| *high).fold(1.2, f64::max);
-    let x = |ratio: f64| LEFT + WIDTH * ratio / most;
+    let most = tables.iter().flat_map(|table| &table.rows).map(|(_, [.., high])| *high).fold(1.25, f64::max).min(MOST);
+    let x = |ratio: f64| LEFT + WIDTH * ratio.min(most) / most;
     writeln!(
         text,
         r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {:.0} {:.0}" role="img">"#,

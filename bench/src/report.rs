@@ -52,9 +52,9 @@ fn one(text: &mut String, table: &Table) -> Result {
     let Some(base) = table.rows.first() else { return Ok(()) };
     let latencies = base.rounds.iter().any(|round| round.latency.is_some());
     if latencies {
-        times(text, table, base)?
+        times(text, table, base)?;
     } else {
-        speeds(text, table, base)?
+        speeds(text, table, base)?;
     }
     writeln!(text)?;
     for row in &table.rows {
