@@ -13,8 +13,13 @@ use tidings::transport::Transport;
 use tidings::{BusConfig, Connect};
 use tokio::sync::{mpsc, oneshot};
 
-const CHANNEL: Raw =
+const PUBLISHED: Raw =
     Raw { name: "raw", what: "a bounded channel of tokio, whose receiver sends back an ack for each", bare: false };
+const CONSUMED: Raw = Raw {
+    name: "raw",
+    what: "a bounded channel of tokio, whose receiver sends back an ack for each; filled meanwhile, by a task that encodes",
+    bare: false,
+};
 
 /// More than all events need.
 const ALL: usize = usize::MAX / 4;
@@ -33,8 +38,8 @@ impl Memory {
 
 impl Broker for Memory {
     const NAME: &'static str = "memory";
-    const PUBLISH: &'static [Raw] = &[CHANNEL];
-    const CONSUME: &'static [Raw] = &[CHANNEL];
+    const PUBLISH: &'static [Raw] = &[PUBLISHED];
+    const CONSUME: &'static [Raw] = &[CONSUMED];
     const SETTLED: &'static str = "acked";
     const IN_PROCESS: bool = true;
 
