@@ -45,7 +45,7 @@ pub fn main() -> Result<()> {
 }
 
 fn options(mut words: impl Iterator<Item = String>) -> Result<Options> {
-    let effort = Effort { rounds: 7, warm_up: 2_000, count: 30_000 };
+    let effort = Effort { rounds: 5, warm_up: 2_000, count: 30_000 };
     let (only, of, out) = (String::new(), String::new(), "docs/benchmarks".into());
     let mut options = Options { transports: Vec::new(), effort, only, of, out, dry: false };
     while let Some(word) = words.next() {

@@ -212,6 +212,7 @@ async fn failing<E: Sample>(
     Attempt(attempt): Attempt,
     State((meter, fate)): State<(Arc<Meter>, Fate)>,
 ) -> Result<(), HandlerError> {
+    meter.begin();
     event::handled(&event, &meter);
     let fails = fate.fails(attempt);
     if !fails || fate == Fate::DeadLettered {

@@ -111,6 +111,11 @@ impl Meter {
         self.warm_up + self.count
     }
 
+    /// Begins before the first event, where an event is not handled at once and there is no warm-up.
+    pub fn begin(&self) {
+        self.begun.get_or_init(Begun::now);
+    }
+
     /// One event was handled so long after it was made.
     pub fn took(&self, time: Duration) {
         lock(&self.took).push(time);
