@@ -32,6 +32,8 @@ pub trait Broker: Send + Sync + 'static {
     const CONSUME: &'static [Raw];
     /// What becomes of an event that was handled, in the report: not every broker confirms an ack.
     const SETTLED: &'static str;
+    /// How many events each loop has, if nothing else is said: what takes a few minutes in all.
+    const COUNT: u64 = 30_000;
     /// It is in this process, and so is compared with channels too.
     const IN_PROCESS: bool = false;
 

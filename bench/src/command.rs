@@ -45,7 +45,8 @@ pub fn main() -> Result<()> {
 }
 
 fn options(mut words: impl Iterator<Item = String>) -> Result<Options> {
-    let effort = Effort { rounds: 5, warm_up: 2_000, count: 30_000 };
+    // No events: as many as the broker has.
+    let effort = Effort { rounds: 5, warm_up: 2_000, count: 0 };
     let (only, of, out) = (String::new(), String::new(), "docs/benchmarks".into());
     let mut options = Options { transports: Vec::new(), effort, only, of, out, dry: false };
     while let Some(word) = words.next() {
@@ -69,7 +70,10 @@ fn options(mut words: impl Iterator<Item = String>) -> Result<Options> {
 
 /// On a worker of the runtime, where an application's work is.
 async fn spawned<B: Broker>(broker: B, options: &Options) -> Result<()> {
-    let options = options.clone();
+    let mut options = options.clone();
+    if options.effort.count == 0 {
+        options.effort.count = B::COUNT;
+    }
     tokio::spawn(async move { measured(&broker, &options).await }).await?
 }
 

@@ -81,6 +81,7 @@ impl Broker for Rabbit {
     const NAME: &'static str = "rabbitmq";
     const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_SPREAD, PUBLISHED_BARE];
     const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_BARE];
+    const COUNT: u64 = 12_000;
     const SETTLED: &'static str = "acked: RabbitMQ confirms no ack";
 
     async fn versions(&self) -> Result<String> {
