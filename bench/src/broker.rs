@@ -30,6 +30,12 @@ pub trait Broker: Send + Sync + 'static {
     const NAME: &'static str;
     const PUBLISH: &'static [Raw];
     const CONSUME: &'static [Raw];
+    /// What becomes of an event that was handled, in the report: not every broker confirms an ack.
+    const SETTLED: &'static str;
+    /// How many events each loop has, if nothing else is said: what takes a few minutes in all.
+    const COUNT: u64 = 30_000;
+    /// It is in this process, and so is compared with channels too.
+    const IN_PROCESS: bool = false;
 
     /// The versions of broker and client.
     fn versions(&self) -> impl Future<Output = Result<String>> + Send;
@@ -37,7 +43,8 @@ pub trait Broker: Send + Sync + 'static {
     /// A transport in a namespace of its own.
     fn connect(&self, namespace: &str) -> impl Future<Output = Result<Arc<dyn Transport>>> + Send;
 
-    /// Publishes `count` events to a topic that a transport has provisioned; the meter is told of each confirmation.
+    /// Publishes events to a topic that a transport has provisioned, each when it is due by the meter, which is told of each
+    /// confirmation.
     fn publish<E: Sample>(
         &self,
         raw: Raw,
@@ -54,6 +61,21 @@ pub trait Broker: Send + Sync + 'static {
         limits: Limits,
         meter: &Meter,
     ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Publishes while it consumes.
+    fn round_trip<E: Sample>(
+        &self,
+        namespace: &str,
+        limits: Limits,
+        sent: &Arc<Meter>,
+        meter: &Meter,
+    ) -> impl Future<Output = Result<()>> + Send {
+        async move {
+            let publish = self.publish::<E>(Self::PUBLISH[0], namespace, limits, sent);
+            tokio::try_join!(publish, self.consume::<E>(Self::CONSUME[0], namespace, limits, meter))?;
+            Ok(())
+        }
+    }
 
     /// Removes all that was made.
     fn clean_up(&self) -> impl Future<Output = Result<()>> + Send;

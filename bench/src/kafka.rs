@@ -1,7 +1,7 @@
 //! Kafka, beside rdkafka.
 
 use crate::broker::{Broker, Limits, Raw};
-use crate::event::{JSON, Sample, encode, handle};
+use crate::event::{Sample, encode, handle};
 use crate::measure::Meter;
 use crate::{BoxError, Result};
 use std::sync::atomic::{
@@ -124,6 +124,7 @@ impl Broker for Kafka {
     const NAME: &'static str = "kafka";
     const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_BARE];
     const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_BARE];
+    const SETTLED: &'static str = "done with: its offset is stored, and offsets are committed now and then";
 
     async fn versions(&self) -> Result<String> {
         Ok(format!("Kafka 4.3.1, rdkafka 0.39 with librdkafka {}", get_rdkafka_version().1))
@@ -136,7 +137,7 @@ impl Broker for Kafka {
 
     async fn publish<E: Sample>(&self, raw: Raw, namespace: &str, limits: Limits, meter: &Meter) -> Result<()> {
         let window = limits.window as u64;
-        let (count, every, total) = (AtomicU64::new(0), window / 4, meter.total());
+        let (count, every, total) = (AtomicU64::new(0), (window / 4).max(1), meter.total());
         let confirmed = Arc::new(Confirmed { count, every, total, failed: OnceLock::new(), more: Notify::new() });
         let mut config = self.client();
         config.set("enable.idempotence", "true").set("linger.ms", "0").set("compression.type", "lz4");
@@ -146,6 +147,7 @@ impl Broker for Kafka {
         let template = attributes::<E>();
         let mut told = 0;
         for number in 0..meter.total() {
+            meter.due(number).await;
             if number >= told + window {
                 // A quarter of the window at a time.
                 confirmed.reach(number - window + every, &mut told, meter).await?;
@@ -173,7 +175,7 @@ impl Broker for Kafka {
         let mut next = TopicPartitionList::new();
         loop {
             let message = consumer.recv().await?;
-            handle::<E>(message.payload().unwrap_or_default())?;
+            handle::<E>(message.payload().unwrap_or_default(), meter)?;
             consumer.store_offset_from_message(&message)?;
             if !meter.tick() {
                 next.add_partition_offset(&topic, message.partition(), Offset::Offset(message.offset() + 1))?;
@@ -205,7 +207,7 @@ fn attributes<E: Sample>() -> OwnedHeaders {
         ("ce_specversion", "1.0"),
         ("ce_source", crate::scenario::SOURCE),
         ("ce_type", E::NAME),
-        ("content-type", JSON),
+        ("content-type", E::CONTENT),
         ("ce_time", "2026-01-01T00:00:00.123456789Z"),
         ("ce_recordedtime", "2026-01-01T00:00:00.123456789Z"),
     ] {

@@ -4,6 +4,7 @@ use crate::Result;
 use crate::broker::{Broker, Limits, Raw};
 use crate::event::{Sample, encode, handle};
 use crate::measure::Meter;
+use crate::through::channel;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,29 +13,42 @@ use tidings::transport::Transport;
 use tidings::{BusConfig, Connect};
 use tokio::sync::{mpsc, oneshot};
 
-const CHANNEL: Raw =
+const PUBLISHED: Raw =
     Raw { name: "raw", what: "a bounded channel of tokio, whose receiver sends back an ack for each", bare: false };
+const CONSUMED: Raw = Raw {
+    name: "raw",
+    what: "a bounded channel of tokio, whose receiver sends back an ack for each; filled meanwhile, by a task that encodes",
+    bare: false,
+};
+
+/// More than all events need.
+const ALL: usize = usize::MAX / 4;
 
 #[derive(Debug)]
 pub struct Memory;
 
+impl Memory {
+    /// A broker that publishing waits for, if it has so many bytes that are not settled.
+    pub(crate) async fn bounded(capacity: usize, retain: usize) -> Result<Arc<dyn Transport>> {
+        let config = MemoryConfig { capacity, retain, ..MemoryConfig::default() };
+        let (transport, _): (_, BusConfig) = config.connect().await?;
+        Ok(transport)
+    }
+}
+
 impl Broker for Memory {
     const NAME: &'static str = "memory";
-    const PUBLISH: &'static [Raw] = &[CHANNEL];
-    const CONSUME: &'static [Raw] = &[CHANNEL];
+    const PUBLISH: &'static [Raw] = &[PUBLISHED];
+    const CONSUME: &'static [Raw] = &[CONSUMED];
+    const SETTLED: &'static str = "acked";
+    const IN_PROCESS: bool = true;
 
     async fn versions(&self) -> Result<String> {
         Ok("in this process".into())
     }
 
-    async fn connect(&self, namespace: &str) -> Result<Arc<dyn Transport>> {
-        let config = MemoryConfig {
-            capacity: usize::MAX / 4,
-            retain: usize::MAX / 4,
-            ..MemoryConfig::from_url(&format!("memory://{namespace}"))?
-        };
-        let (transport, _): (_, BusConfig) = config.connect().await?;
-        Ok(transport)
+    async fn connect(&self, _: &str) -> Result<Arc<dyn Transport>> {
+        Self::bounded(ALL, ALL).await
     }
 
     async fn publish<E: Sample>(&self, _: Raw, _: &str, limits: Limits, meter: &Meter) -> Result<()> {
@@ -69,33 +83,14 @@ impl Broker for Memory {
         Ok(())
     }
 
-    async fn consume<E: Sample>(&self, _: Raw, _: &str, limits: Limits, meter: &Meter) -> Result<()> {
-        let (sender, mut receiver) = mpsc::channel::<(u64, Bytes)>(limits.in_flight);
-        let (ack, mut acks) = mpsc::channel::<u64>(limits.in_flight);
-        let total = meter.total();
-        let producer = tokio::spawn(async move {
-            let mut sent = VecDeque::new();
-            for number in 0..total {
-                let payload = encode(&E::new(number)).unwrap_or_default();
-                sent.push_back(payload.clone());
-                if sender.send((number, payload)).await.is_err() {
-                    return;
-                }
-                while sent.len() >= limits.in_flight && acks.recv().await.is_some() {
-                    sent.pop_front();
-                }
-            }
-        });
-        while let Some((number, payload)) = receiver.recv().await {
-            handle::<E>(&payload)?;
-            ack.try_send(number).ok();
-            if !meter.tick() {
-                break;
-            }
-        }
-        drop(receiver);
-        producer.abort();
-        Ok(())
+    async fn consume<E: Sample>(&self, _: Raw, namespace: &str, limits: Limits, meter: &Meter) -> Result<()> {
+        let sent = Arc::new(Meter::new(0, meter.total()));
+        self.round_trip::<E>(namespace, limits, &sent, meter).await
+    }
+
+    async fn round_trip<E: Sample>(&self, _: &str, limits: Limits, sent: &Arc<Meter>, meter: &Meter) -> Result<()> {
+        let take = |payload: Bytes| Ok(handle::<E>(&payload, meter).map(|()| 1)?);
+        channel(limits.in_flight, sent, |number| Ok(encode(&E::new(number))?), take, meter).await
     }
 
     async fn clean_up(&self) -> Result<()> {

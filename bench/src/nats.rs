@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::broker::{Broker, Limits, Raw};
-use crate::event::{JSON, Sample, encode, handle};
+use crate::event::{Sample, encode, handle};
 use crate::measure::Meter;
 use async_nats::header::HeaderMap;
 use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
@@ -66,6 +66,7 @@ impl Broker for Nats {
     const NAME: &'static str = "nats";
     const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_BARE];
     const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_BARE, CONSUMED_RUNS];
+    const SETTLED: &'static str = "acked, each ack confirmed";
 
     async fn versions(&self) -> Result<String> {
         let client = self.client().await?;
@@ -83,6 +84,7 @@ impl Broker for Nats {
         let template = if raw.bare { HeaderMap::new() } else { attributes::<E>() };
         let mut open: VecDeque<PublishAckFuture> = VecDeque::with_capacity(limits.window);
         for number in 0..meter.total() {
+            meter.due(number).await;
             if open.len() == limits.window
                 && let Some(oldest) = open.pop_front()
             {
@@ -119,7 +121,7 @@ impl Broker for Nats {
         while let Some(message) = messages.try_next().await? {
             let message = message.message;
             let Some(reply) = message.reply else { return Err("a message without a reply subject".into()) };
-            handle::<E>(&message.payload)?;
+            handle::<E>(&message.payload, meter)?;
             handled += 1;
             if handled.is_multiple_of(run) {
                 if acks.len() as u64 * run == open as u64 {
@@ -172,7 +174,7 @@ fn attributes<E: Sample>() -> HeaderMap {
         ("ce-specversion", "1.0"),
         ("ce-source", crate::scenario::SOURCE),
         ("ce-type", E::NAME),
-        ("ce-datacontenttype", JSON),
+        ("ce-datacontenttype", E::CONTENT),
         ("ce-time", "2026-01-01T00:00:00.123456789Z"),
         ("ce-recordedtime", "2026-01-01T00:00:00.123456789Z"),
     ] {

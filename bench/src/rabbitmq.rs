@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::broker::{Broker, Limits, Raw};
-use crate::event::{JSON, Sample, encode, handle};
+use crate::event::{Sample, encode, handle};
 use crate::measure::Meter;
 use futures_util::stream::FuturesOrdered;
 use futures_util::{FutureExt, StreamExt};
@@ -81,6 +81,8 @@ impl Broker for Rabbit {
     const NAME: &'static str = "rabbitmq";
     const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_SPREAD, PUBLISHED_BARE];
     const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_BARE];
+    const COUNT: u64 = 12_000;
+    const SETTLED: &'static str = "acked: RabbitMQ confirms no ack";
 
     async fn versions(&self) -> Result<String> {
         let version = self.server.tool(&["rabbitmqctl", "--quiet", "version"])?;
@@ -107,6 +109,7 @@ impl Broker for Rabbit {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let mut open = FuturesOrdered::new();
         for (number, channel) in (0..meter.total()).zip(channels.iter().cycle()) {
+            meter.due(number).await;
             if open.len() == limits.window.min(WINDOW * channels.len()) {
                 check(open.next().await)?;
                 meter.tick();
@@ -134,12 +137,12 @@ impl Broker for Rabbit {
     async fn consume<E: Sample>(&self, _: Raw, namespace: &str, limits: Limits, meter: &Meter) -> Result<()> {
         let (_connection, channel) = self.channel().await?;
         channel.basic_qos(u16::try_from(limits.in_flight)?, BasicQosOptions::default()).await?;
-        let queue = ShortString::try_new(format!("{namespace}:{}", crate::scenario::POLLED))?;
+        let queue = ShortString::try_new(format!("{namespace}:{}", crate::consume::POLLED))?;
         let options = BasicConsumeOptions::default();
         let mut messages = channel.basic_consume(queue, "raw".into(), options, FieldTable::default()).await?;
         let mut handled = 0_u64;
         while let Some(message) = messages.next().await.transpose()? {
-            handle::<E>(&message.data)?;
+            handle::<E>(&message.data, meter)?;
             handled += 1;
             let more = meter.tick();
             if handled.is_multiple_of(RUN) || !more {
@@ -194,7 +197,7 @@ fn properties<E: Sample>(event: &E, raw: Raw) -> Result<BasicProperties> {
         if let Some(key) = event.key() {
             put("cloudEvents_partitionkey", key.as_str().unwrap_or_default())?;
         }
-        properties = properties.with_content_type(JSON.into()).with_headers(headers);
+        properties = properties.with_content_type(E::CONTENT.into()).with_headers(headers);
     }
     Ok(properties)
 }

@@ -1,33 +1,21 @@
 //! What is measured: each loop of a scenario in turn, several rounds.
 
 use crate::broker::{Broker, Limits, Raw};
-use crate::event::{JSON, Sample, encode, handle};
-use crate::measure::{Meter, Sample as Measured};
-use crate::{Result, event};
-use futures_util::{StreamExt, TryStreamExt, stream};
-use std::collections::VecDeque;
-use std::future::poll_fn;
+use crate::consume::{BACKOFF, EVERY, Fate, How, SLOW, consume, round_trip};
+use crate::event::{Keyed, Large, Packed, Plain, Sample};
+use crate::measure::{Memory, Meter, Sample as Measured};
+use crate::publish::publish;
+use crate::through::{self, ACKED, ACKED_BATCHES, ACKED_TYPED, BATCH, Through};
+use crate::{BoxError, Result};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tidings::handler::State;
-use tidings::transport::{
-    Destination, Ordering, Polled, Start, SubscriptionSpec, TopicSpec, Topology, Transport, submit_and_wait,
-};
-use tidings::{Bus, BusConfig, Message, MessageId, Service, SubscriptionConfig, SubscriptionName, Topic};
-use tokio::time::Instant;
+use tidings::transport::{Ordering, TopicSpec, Topology, Transport};
+use tidings::{Bus, BusConfig, Topic};
 
 pub const SOURCE: &str = "/bench";
 pub const LIMITS: Limits = Limits { window: 1_000, in_flight: 512 };
-/// How many messages the transport is handed at once; the window is a multiple.
-const SUBMITTED: usize = 50;
-/// How many events one call of `publish_all` takes.
-const ALL: u64 = 10_000;
-/// The subscription of the transport's loop, and of raw loops where there is no log.
-pub const POLLED: &str = "bench.polled";
 /// A loop that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// How long a slow handler takes.
-const SLOW: Duration = Duration::from_millis(10);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How much is done.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +36,8 @@ pub enum Loop {
     All,
     /// So many handlers at a time, each of which takes 10 ms.
     Slow(usize),
+    /// Handlers that may fail.
+    Failing(Fate),
 }
 
 impl Loop {
@@ -59,6 +49,10 @@ impl Loop {
             Self::All => "SDK, `publish_all`",
             Self::Slow(1) => "SDK, one handler",
             Self::Slow(_) => "SDK, 64 handlers",
+            Self::Failing(Fate::Handled) => "SDK, handled at once",
+            Self::Failing(Fate::InOrder) => "SDK, retried in order",
+            Self::Failing(Fate::Aside) => "SDK, retried aside",
+            Self::Failing(Fate::DeadLettered) => "SDK, dead-lettered",
         }
     }
 }
@@ -68,6 +62,8 @@ impl Loop {
 pub struct Row {
     pub of: Loop,
     pub rounds: Vec<Measured>,
+    /// What it allocates, once another process has counted it.
+    pub memory: Option<Memory>,
 }
 
 /// What was measured in one scenario. The first row is what the others are compared with.
@@ -75,7 +71,16 @@ pub struct Row {
 pub struct Table {
     pub name: &'static str,
     pub what: String,
+    pub effort: Effort,
     pub rows: Vec<Row>,
+}
+
+/// What is to be measured.
+struct Plan {
+    name: &'static str,
+    what: String,
+    scenario: Scenario,
+    loops: Vec<Loop>,
 }
 
 /// All scenarios whose name has `only` in it, of each the loops whose name has `of` in it.
@@ -84,98 +89,201 @@ pub struct Table {
 /// A loop failed, or took too long.
 pub async fn all<B: Broker>(broker: &B, effort: Effort, only: &str, of: &str) -> Result<Vec<Table>> {
     let mut tables = Vec::new();
-    let publish = |raw: &[Raw]| {
-        let raw = raw.iter().copied().map(Loop::Raw);
-        raw.chain([Loop::Transport, Loop::Sdk, Loop::All]).collect::<Vec<_>>()
-    };
-    let consume =
-        |raw: &[Raw]| raw.iter().copied().map(Loop::Raw).chain([Loop::Transport, Loop::Sdk]).collect::<Vec<_>>();
-    let scenarios: [(&'static str, String, Scenario, Vec<Loop>); 6] = [
-        (
-            "publish, confirmed",
-            format!("Each confirmed, at most {} unconfirmed at a time; encoded from a struct; no key.", LIMITS.window),
-            Scenario::Publish,
-            publish(B::PUBLISH),
-        ),
-        (
-            "publish, confirmed, with keys",
-            "The same with 500 keys in turn. The SDK keeps the order of a key also when it repeats a publish, so of each key one \
-             is unconfirmed at a time, and at most 500 are; no raw client promises that."
-                .into(),
-            Scenario::PublishKeyed,
-            publish(B::PUBLISH),
-        ),
-        (
-            "publish, one at a time",
-            "The next is sent when the one before is confirmed; no key; a tenth of the events.".into(),
-            Scenario::PublishOne,
-            publish(B::PUBLISH).into_iter().filter(|of| !matches!(of, Loop::Transport | Loop::All)).collect(),
-        ),
-        (
-            "consume, acks confirmed",
-            format!(
-                "Decoded into a struct, then acked, the ack confirmed; at most {} read and not confirmed; no order, 1 worker.",
-                LIMITS.in_flight
-            ),
-            Scenario::Consume(1),
-            consume(B::CONSUME),
-        ),
-        (
-            "consume by key, acks confirmed",
-            "The same with 500 keys, of which each keeps its order, and 16 workers. The raw loop keeps the order by handling one \
-             message after another."
-                .into(),
-            Scenario::ConsumeKeyed(16),
-            consume(B::CONSUME),
-        ),
-        (
-            "consume by slow handlers",
-            format!("Each waits for {SLOW:?}; 64 of them compared with one, which should be 64 times as fast; a hundredth of the events."),
-            Scenario::Slow,
-            vec![Loop::Slow(1), Loop::Slow(64)],
-        ),
-    ];
-    for (name, what, scenario, mut loops) in scenarios {
+    let plans = publishing::<B>().into_iter().chain(consuming::<B>()).chain(at_once::<B>());
+    for Plan { name, what, scenario, mut loops } in plans.filter(|plan| plan.name.contains(only)) {
         loops.retain(|one| one.name().contains(of));
-        if name.contains(only) {
-            tables.push(Table { name, what, rows: rounds(broker, scenario, &loops, effort).await? });
-        }
+        let effort = scenario.effort(effort);
+        tables.push(Table { name, what, effort, rows: rounds(broker, scenario, &loops, effort).await? });
     }
     Ok(tables)
+}
+
+fn publishing<B: Broker>() -> Vec<Plan> {
+    let raw = || B::PUBLISH.iter().copied().map(Loop::Raw);
+    let all = || raw().chain([Loop::Transport, Loop::Sdk, Loop::All]).collect::<Vec<_>>();
+    let first = || raw().take(1).chain([Loop::Sdk, Loop::All]).collect::<Vec<_>>();
+    let window = LIMITS.window;
+    vec![
+        Plan {
+            name: "publish, confirmed",
+            what: format!("Each confirmed, at most {window} unconfirmed at a time; encoded from a struct; no key."),
+            scenario: Scenario::Publish,
+            loops: all(),
+        },
+        Plan {
+            name: "publish, confirmed, 4 KiB",
+            what: "The same with payloads of 4,096 bytes.".into(),
+            scenario: Scenario::PublishLarge,
+            loops: first(),
+        },
+        Plan {
+            name: "publish, confirmed, MessagePack",
+            what: "The same with 256 bytes of MessagePack.".into(),
+            scenario: Scenario::PublishPacked,
+            loops: first(),
+        },
+        Plan {
+            name: "publish, confirmed, with keys",
+            what: "JSON with 500 keys in turn. The SDK keeps the order of a key also when it repeats a publish, so of each key one \
+                is unconfirmed at a time, and at most 500 are, where the broker does not repeat in order by itself; no raw client \
+                promises that."
+                .into(),
+            scenario: Scenario::PublishKeyed,
+            loops: all(),
+        },
+        Plan {
+            name: "publish, one at a time",
+            what: "The next is sent when the one before is confirmed; no key.".into(),
+            scenario: Scenario::PublishOne,
+            loops: raw().chain([Loop::Sdk]).collect(),
+        },
+    ]
+}
+
+fn consuming<B: Broker>() -> Vec<Plan> {
+    let raw = || B::CONSUME.iter().copied().map(Loop::Raw);
+    let all = || raw().chain([Loop::Transport, Loop::Sdk]).collect::<Vec<_>>();
+    let first = || raw().take(1).chain([Loop::Sdk]).collect::<Vec<_>>();
+    let (open, settled) = (LIMITS.in_flight, B::SETTLED);
+    vec![
+        Plan {
+            name: "consume",
+            what: format!("Decoded into a struct, then {settled}; at most {open} read and not settled; no order, 1 worker."),
+            scenario: Scenario::Consume,
+            loops: all(),
+        },
+        Plan {
+            name: "consume, 4 KiB",
+            what: "The same with payloads of 4,096 bytes.".into(),
+            scenario: Scenario::ConsumeLarge,
+            loops: first(),
+        },
+        Plan {
+            name: "consume, MessagePack",
+            what: "The same with 256 bytes of MessagePack.".into(),
+            scenario: Scenario::ConsumePacked,
+            loops: first(),
+        },
+        Plan {
+            name: "consume by key",
+            what: "JSON with 500 keys, of which each keeps its order, and 16 workers. The raw loop keeps the order by handling one \
+                message after another."
+                .into(),
+            scenario: Scenario::ConsumeKeyed,
+            loops: all(),
+        },
+        Plan {
+            name: "consume by slow handlers",
+            what: format!("Each waits for {SLOW:?}; 64 of them compared with one, which should be 64 times as fast."),
+            scenario: Scenario::Slow,
+            loops: vec![Loop::Slow(1), Loop::Slow(64)],
+        },
+        Plan {
+            name: "failures",
+            what: format!(
+                "500 keys and 16 workers. Each event fails once, and is retried after {BACKOFF:?}, held in its order or aside as a \
+                 confirmed copy; or its one failure makes it a dead letter, which is confirmed. From the first run on. Compared with the same handler when it \
+                 does not fail: no native client does this, so nothing is raw here."
+            ),
+            scenario: Scenario::Failures,
+            loops: [Fate::Handled, Fate::InOrder, Fate::Aside, Fate::DeadLettered].map(Loop::Failing).into(),
+        },
+    ]
+}
+
+/// Publishing and consuming at the same time.
+fn at_once<B: Broker>() -> Vec<Plan> {
+    let round_trip = Plan {
+        name: "round trip",
+        what: format!(
+            "From when an event is made to when it was decoded for its handler: one at a time, {EVERY:?} after the one before, \
+             published and consumed by one process. Goal: an added p50 of at most 50 us."
+        ),
+        scenario: Scenario::RoundTrip,
+        loops: B::PUBLISH.iter().copied().take(1).map(Loop::Raw).chain([Loop::Sdk]).collect(),
+    };
+    let mut plans = vec![round_trip];
+    if B::IN_PROCESS {
+        plans.extend([false, true].into_iter().flat_map(passing));
+    }
+    plans
+}
+
+/// One task publishes, another consumes, on the runtime of this process or on one of one thread.
+fn passing(one_thread: bool) -> [Plan; 3] {
+    let [each, batches, typed] = if one_thread {
+        ["pass on, one thread", "pass on in batches, one thread", "pass on to a handler, one thread"]
+    } else {
+        ["pass on", "pass on in batches", "pass on to a handler"]
+    };
+    let runtime = if one_thread { "On tokio's current-thread runtime" } else { "On tokio's multi-thread runtime" };
+    let open = LIMITS.in_flight;
+    let scenario = |batch| Scenario::Through(Through { batch, one_thread });
+    [
+        Plan {
+            name: each,
+            what: format!(
+                "{runtime}, one task publishes one message after another, another takes and acks them; at most {open} are not \
+                 acked, and nothing is kept longer. 256 bytes that are ready, no codec. The transport's reader takes what there is, \
+                 up to {BATCH}. Goal: at least 0.94."
+            ),
+            scenario: scenario(1),
+            loops: vec![Loop::Raw(ACKED), Loop::Transport],
+        },
+        Plan {
+            name: batches,
+            what: format!("{runtime}, the same in batches of {BATCH}. Goal: at least 0.4."),
+            scenario: scenario(BATCH),
+            loops: vec![Loop::Raw(ACKED_BATCHES), Loop::Transport],
+        },
+        Plan {
+            name: typed,
+            what: format!("{runtime}, from `Bus::publish` to a typed handler, both with JSON; 1 worker, no order."),
+            scenario: scenario(1),
+            loops: vec![Loop::Raw(ACKED_TYPED), Loop::Sdk],
+        },
+    ]
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Scenario {
     Publish,
+    PublishLarge,
+    PublishPacked,
     PublishKeyed,
     PublishOne,
-    /// With so many workers.
-    Consume(usize),
-    ConsumeKeyed(usize),
+    Consume,
+    ConsumeLarge,
+    ConsumePacked,
+    ConsumeKeyed,
     Slow,
+    Failures,
+    RoundTrip,
+    Through(Through),
 }
 
 impl Scenario {
-    /// How many unconfirmed publishes, or unsettled deliveries, there may be.
-    fn limits(self) -> Limits {
-        Limits { window: if matches!(self, Self::PublishOne) { 1 } else { LIMITS.window }, ..LIMITS }
-    }
-
-    /// A part of the effort, where one event takes long.
+    /// A part of the effort, where one event takes long or fewer say enough; more, where they take nothing.
     fn effort(self, effort: Effort) -> Effort {
-        let part = match self {
-            Self::PublishOne => 10,
-            Self::Slow => 100,
-            _ => 1,
-        };
-        Effort { warm_up: (effort.warm_up / part).max(1), count: (effort.count / part).max(1), ..effort }
+        let Effort { rounds, warm_up, count } = effort;
+        let part = |part: u64| Effort { warm_up: (warm_up / part).max(1), count: (count / part).max(1), rounds };
+        match self {
+            Self::PublishLarge | Self::PublishPacked | Self::ConsumeLarge | Self::ConsumePacked => part(2),
+            Self::PublishOne => part(10),
+            // Copies queue up behind all that is there: a warm-up by events handled would end after most of the work.
+            Self::Failures => Effort { warm_up: 0, ..part(10) },
+            // All handlers, several times over.
+            Self::Slow => Effort { rounds: rounds.min(3), warm_up: 64, count: 64 * (count / 4_000).max(1) },
+            Self::RoundTrip => Effort { rounds: rounds.min(5), ..part(80) },
+            Self::Through(_) => Effort { count: count * 10, ..effort },
+            _ => effort,
+        }
     }
 }
 
 /// All loops in turn, in each round beginning with another.
 async fn rounds<B: Broker>(broker: &B, scenario: Scenario, loops: &[Loop], effort: Effort) -> Result<Vec<Row>> {
-    let effort = scenario.effort(effort);
-    let mut rows: Vec<_> = loops.iter().map(|of| Row { of: *of, rounds: Vec::new() }).collect();
+    let mut rows: Vec<_> = loops.iter().map(|of| Row { of: *of, rounds: Vec::new(), memory: None }).collect();
     for round in 0..effort.rounds {
         for turn in 0..rows.len() {
             let row = (turn + round) % rows.len();
@@ -183,17 +291,12 @@ async fn rounds<B: Broker>(broker: &B, scenario: Scenario, loops: &[Loop], effor
             let of = rows[row].of;
             let meter = Arc::new(Meter::new(effort.warm_up, effort.count));
             let run = run(broker, scenario, of, &namespace, &meter);
-            let ran = tokio::time::timeout(PATIENCE, run).await;
-            ran.map_err(|_| format!("{scenario:?}, {}: no end", of.name()))??;
+            let ran = tokio::time::timeout(PATIENCE, run).await.unwrap_or_else(|_| Err("no end".into()));
+            ran.map_err(|why| BoxError::from(format!("{scenario:?}, {}: {why}", of.name())))?;
             broker.clean_up().await?;
             let measured = meter.sample().ok_or("the loop ended before its last event")?;
-            eprintln!(
-                "{scenario:?}, round {}, {}: {:.0}/s, {:.2} us",
-                round + 1,
-                of.name(),
-                measured.per_second(),
-                measured.cpu_micros()
-            );
+            let (speed, cpu) = (measured.per_second(), measured.cpu_micros());
+            eprintln!("{scenario:?}, round {}, {}: {speed:.0}/s, {cpu:.2} us", round + 1, of.name());
             rows[row].rounds.push(measured);
         }
     }
@@ -206,222 +309,35 @@ fn fresh() -> u32 {
 }
 
 async fn run<B: Broker>(broker: &B, scenario: Scenario, of: Loop, namespace: &str, meter: &Arc<Meter>) -> Result<()> {
+    let keyed = How { ordering: Ordering::Key, workers: 16, ..How::default() };
     match scenario {
-        Scenario::Publish | Scenario::PublishOne => {
-            publish::<B, event::Plain>(broker, of, namespace, meter, scenario.limits()).await
-        }
-        Scenario::PublishKeyed => publish::<B, event::Keyed>(broker, of, namespace, meter, scenario.limits()).await,
-        Scenario::Slow => consume::<B, event::Plain>(broker, of, namespace, meter, (Ordering::None, 1)).await,
-        Scenario::Consume(workers) => {
-            consume::<B, event::Plain>(broker, of, namespace, meter, (Ordering::None, workers)).await
-        }
-        Scenario::ConsumeKeyed(workers) => {
-            consume::<B, event::Keyed>(broker, of, namespace, meter, (Ordering::Key, workers)).await
-        }
+        Scenario::Publish => publish::<B, Plain>(broker, of, namespace, meter, LIMITS).await,
+        Scenario::PublishLarge => publish::<B, Large>(broker, of, namespace, meter, LIMITS).await,
+        Scenario::PublishPacked => publish::<B, Packed>(broker, of, namespace, meter, LIMITS).await,
+        Scenario::PublishKeyed => publish::<B, Keyed>(broker, of, namespace, meter, LIMITS).await,
+        Scenario::PublishOne => publish::<B, Plain>(broker, of, namespace, meter, Limits { window: 1, ..LIMITS }).await,
+        Scenario::Consume | Scenario::Slow => consume::<B, Plain>(broker, of, namespace, meter, How::default()).await,
+        Scenario::ConsumeLarge => consume::<B, Large>(broker, of, namespace, meter, How::default()).await,
+        Scenario::ConsumePacked => consume::<B, Packed>(broker, of, namespace, meter, How::default()).await,
+        Scenario::ConsumeKeyed | Scenario::Failures => consume::<B, Keyed>(broker, of, namespace, meter, keyed).await,
+        Scenario::RoundTrip => round_trip(broker, of, namespace, meter).await,
+        Scenario::Through(how) => through::run(of, how, meter).await,
     }
 }
 
-async fn provisioned<B: Broker, E: Sample>(broker: &B, namespace: &str) -> Result<(Arc<dyn Transport>, Bus)> {
+/// A transport in this namespace, with a topic, and a bus over it.
+pub(crate) async fn provisioned<B: Broker, E: Sample>(
+    broker: &B,
+    namespace: &str,
+) -> Result<(Arc<dyn Transport>, Bus)> {
     let transport = broker.connect(namespace).await?;
     let topics = vec![TopicSpec::new(Topic::new(E::TOPIC)?)];
     transport.provision(&Topology { topics, subscriptions: Vec::new() }).await?;
-    let config = BusConfig { source: SOURCE.into(), max_unconfirmed: LIMITS.window, ..BusConfig::default() };
-    let bus = Bus::new(Arc::clone(&transport), config)?;
+    let bus = bus(&transport)?;
     Ok((transport, bus))
 }
 
-// ---- Publishing ----
-
-async fn publish<B: Broker, E: Sample>(
-    broker: &B,
-    of: Loop,
-    namespace: &str,
-    meter: &Arc<Meter>,
-    limits: Limits,
-) -> Result<()> {
-    let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
-    prepare::<E>(&transport, Ordering::None).await?;
-    match of {
-        Loop::Raw(raw) => broker.publish::<E>(raw, namespace, limits, meter).await?,
-        Loop::Transport => submit::<E>(&transport, meter).await?,
-        Loop::All => publish_all::<E>(&bus, meter).await?,
-        _ => publish_each::<E>(&bus, meter, limits.window).await?,
-    }
-    Ok(bus.close(Duration::from_secs(5)).await?)
-}
-
-async fn submit<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter) -> Result<()> {
-    let publisher = transport.publisher();
-    let topic = Topic::new(E::TOPIC)?;
-    let mut open = VecDeque::new();
-    let mut number = 0;
-    while number < meter.total() {
-        if open.len() == LIMITS.window / SUBMITTED
-            && let Some((count, oldest)) = open.pop_front()
-        {
-            confirmed(oldest, count, meter).await?;
-        }
-        let count = (SUBMITTED as u64).min(meter.total() - number);
-        let batch: Result<Vec<_>> = (number..number + count)
-            .map(|number| Ok((Destination::Topic(topic.clone()), message::<E>(number, &topic)?, None, false)))
-            .collect();
-        open.push_back((count, Box::pin(submit_and_wait(&*publisher, &batch?))));
-        number += count;
-    }
-    for (count, oldest) in open {
-        confirmed(oldest, count, meter).await?;
-    }
-    Ok(())
-}
-
-async fn confirmed(
-    answers: impl Future<Output = Vec<(usize, tidings::transport::PublishFailure)>>,
-    count: u64,
-    meter: &Meter,
-) -> Result<()> {
-    if let Some((_, failure)) = answers.await.pop() {
-        return Err(failure.error.into());
-    }
-    meter.tick_many(count);
-    Ok(())
-}
-
-/// As core makes it.
-fn message<E: Sample>(number: u64, topic: &Topic) -> Result<Message> {
-    let (event, now) = (E::new(number), SystemTime::now());
-    let mut message = Message::new(MessageId::new(now), SOURCE, E::NAME, topic.clone());
-    message = message.with_payload(JSON, encode(&event)?);
-    (message.key, message.time, message.recorded_time) = (event.key(), Some(now), Some(now));
-    Ok(message)
-}
-
-async fn publish_each<E: Sample>(bus: &Bus, meter: &Meter, window: usize) -> Result<()> {
-    let publish = |number| async move { bus.publish(&E::new(number)).await };
-    let mut confirmed = stream::iter(0..meter.total()).map(publish).buffered(window);
-    while confirmed.try_next().await?.is_some() {
-        meter.tick();
-    }
-    Ok(())
-}
-
-async fn publish_all<E: Sample>(bus: &Bus, meter: &Meter) -> Result<()> {
-    let mut number = 0;
-    while number < meter.total() {
-        // The warm-up by itself, because events are counted call by call.
-        let end = if number < meter.warm_up() { meter.warm_up() } else { meter.total() };
-        let count = ALL.min(end - number);
-        let events: Vec<_> = (number..number + count).map(E::new).collect();
-        bus.publish_all(&events).await?;
-        meter.tick_many(count);
-        number += count;
-    }
-    Ok(())
-}
-
-// ---- Consuming ----
-
-async fn consume<B: Broker, E: Sample>(
-    broker: &B,
-    of: Loop,
-    namespace: &str,
-    meter: &Arc<Meter>,
-    (ordering, workers): (Ordering, usize),
-) -> Result<()> {
-    let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
-    let filled = Meter::new(0, meter.total());
-    let (workers, takes) = if let Loop::Slow(workers) = of { (workers, SLOW) } else { (workers, Duration::ZERO) };
-    match of {
-        Loop::Raw(_) | Loop::Transport => prepare::<E>(&transport, ordering).await?,
-        _ if start(&transport) == Start::New => {
-            service::<E>(&transport, meter, (ordering, workers, takes)).provision(&bus).await?;
-        }
-        _ => {}
-    }
-    match of {
-        Loop::Raw(raw) if raw.bare => {
-            let same = B::PUBLISH.iter().find(|publish| publish.bare).ok_or("no such raw publish")?;
-            broker.publish::<E>(*same, namespace, LIMITS, &filled).await?;
-        }
-        _ => publish_all::<E>(&bus, &filled).await?,
-    }
-    match of {
-        Loop::Raw(raw) => broker.consume::<E>(raw, namespace, LIMITS, meter).await?,
-        Loop::Transport => poll::<E>(&transport, meter, ordering).await?,
-        _ => serve(&bus, service::<E>(&transport, meter, (ordering, workers, takes)), meter).await?,
-    }
-    Ok(bus.close(Duration::from_secs(5)).await?)
-}
-
-/// What the transport's loop reads.
-fn polled<E: Sample>(transport: &Arc<dyn Transport>, ordering: Ordering) -> Result<SubscriptionSpec> {
-    Ok(SubscriptionSpec {
-        name: SubscriptionName::new(POLLED)?,
-        topics: vec![Topic::new(E::TOPIC)?.into()],
-        ordering,
-        start: start(transport),
-        max_in_flight: LIMITS.in_flight,
-        max_hold: Duration::MAX,
-    })
-}
-
-/// Where there is a log the beginning, else what is published once the subscription exists.
-fn start(transport: &Arc<dyn Transport>) -> Start {
-    if transport.capabilities().start_beginning { Start::Beginning } else { Start::New }
-}
-
-/// Where there is no log, a queue has to be there before anything is published.
-async fn prepare<E: Sample>(transport: &Arc<dyn Transport>, ordering: Ordering) -> Result<()> {
-    if start(transport) == Start::New {
-        let subscriptions = vec![polled::<E>(transport, ordering)?];
-        transport.provision(&Topology { topics: Vec::new(), subscriptions }).await?;
-    }
-    Ok(())
-}
-
-async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, ordering: Ordering) -> Result<()> {
-    let mut subscription = transport.subscribe(polled::<E>(transport, ordering)?).await?;
-    let mut polled = Polled::default();
-    let mut more = true;
-    while more {
-        poll_fn(|cx| subscription.poll_batch(cx, LIMITS.in_flight, &mut polled)).await?;
-        polled.notices.clear();
-        for delivery in polled.deliveries.drain(..) {
-            handle::<E>(&delivery.message.payload)?;
-            delivery.acker.ack();
-            more = meter.tick();
-        }
-    }
-    check_settled(meter, subscription.close(Instant::now() + Duration::from_secs(10)).await.applied)
-}
-
-fn service<E: Sample>(
-    transport: &Arc<dyn Transport>,
-    meter: &Arc<Meter>,
-    (ordering, workers, takes): (Ordering, usize, Duration),
-) -> Service {
-    let config = SubscriptionConfig::default().concurrency(workers).max_in_flight(LIMITS.in_flight);
-    let config = config.ordering(ordering).start(start(transport));
-    Service::new("bench").state((Arc::clone(meter), takes)).on_with(config, handled::<E>)
-}
-
-async fn serve(bus: &Bus, service: Service, meter: &Arc<Meter>) -> Result<()> {
-    let running = service.start(bus).await?;
-    meter.over().await;
-    check_settled(meter, running.drain(Duration::from_secs(10)).await.flushed.applied)
-}
-
-async fn handled<E: Sample>(event: E, State((meter, takes)): State<(Arc<Meter>, Duration)>) {
-    drop(std::hint::black_box(event));
-    if !takes.is_zero() {
-        tokio::time::sleep(takes).await;
-    }
-    meter.tick();
-}
-
-/// All were acked, each confirmed by the broker.
-fn check_settled(meter: &Meter, applied: u64) -> Result<()> {
-    if applied == meter.total() {
-        return Ok(());
-    }
-    Err(format!("{applied} of {} acks were confirmed", meter.total()).into())
+pub(crate) fn bus(transport: &Arc<dyn Transport>) -> Result<Bus> {
+    let config = BusConfig { source: SOURCE.into(), max_unconfirmed: LIMITS.window, ..BusConfig::default() };
+    Ok(Bus::new(Arc::clone(transport), config)?)
 }
