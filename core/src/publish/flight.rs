@@ -8,7 +8,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
@@ -170,36 +170,61 @@ impl Flight {
     }
 }
 
-/// Submits up to 64 messages (where to, what, delay, owed) at once; the future resolves to the failures by index.
+/// Submits messages (where to, what, delay, owed) at once; the future resolves to the failures by index, ascending.
 ///
 /// For tests of transports and for tools. Dropping the future abandons what is unanswered.
 pub fn submit_and_wait<M: Clone + Into<Arc<Message>>>(
     publisher: &dyn Publisher,
     batch: &[(Destination, M, Option<Duration>, bool)],
 ) -> impl Future<Output = Vec<(usize, PublishFailure)>> + Send + use<M> {
-    let flight = Flight::new(batch.len(), None, None);
+    let mut flights = batch.chunks(Flight::MAX).map(|part| Flight::new(part.len(), None, None));
+    let answers = Answers { first: flights.next(), more: flights.collect(), failures: Vec::new(), at: 0 };
+    let receipt = |index: usize| {
+        // Below Flight::MAX, which fits.
+        Receipt { flight: answers.flight(index / Flight::MAX).cloned(), index: (index % Flight::MAX) as u32 }
+    };
     publisher.submit(&mut batch.iter().zip(0..).map(|((destination, message, delay, owed), index)| Outgoing {
         destination: destination.clone(),
         message: message.clone().into(),
         delay: *delay,
         owed: *owed,
-        receipt: flight.receipt(index),
+        receipt: receipt(index),
     }));
-    Answers(flight)
+    answers
 }
 
-struct Answers(Arc<Flight>);
+struct Answers {
+    /// By itself, because mostly it is all.
+    first: Option<Arc<Flight>>,
+    more: Vec<Arc<Flight>>,
+    failures: Vec<(usize, PublishFailure)>,
+    /// The flight that is waited for.
+    at: usize,
+}
+
+impl Answers {
+    fn flight(&self, number: usize) -> Option<&Arc<Flight>> {
+        if number == 0 { self.first.as_ref() } else { self.more.get(number - 1) }
+    }
+}
 
 impl Future for Answers {
     type Output = Vec<(usize, PublishFailure)>;
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.poll_answers(cx)
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        while let Some(flight) = self.flight(self.at).cloned() {
+            let start = self.at * Flight::MAX;
+            let mut failed = ready!(flight.poll_answers(cx));
+            failed.sort_by_key(|(index, _)| *index);
+            self.failures.extend(failed.into_iter().map(|(index, failure)| (start + index, failure)));
+            self.at += 1;
+        }
+        Poll::Ready(std::mem::take(&mut self.failures))
     }
 }
 
 impl Drop for Answers {
     fn drop(&mut self) {
-        drop(self.0.abandon());
+        self.first.iter().chain(&self.more).for_each(|flight| drop(flight.abandon()));
     }
 }
 
@@ -221,6 +246,31 @@ mod tests {
         let seen: Vec<_> = failures.iter().map(|(i, f)| (*i, f.fate)).collect();
         assert_eq!(seen, [(1, Fate::NotPersisted), (0, Fate::PossiblyPersisted)]);
         assert_eq!(window.available_permits(), 3);
+    }
+
+    /// Confirms the even ones.
+    struct Even;
+
+    impl Publisher for Even {
+        fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
+            for (index, Outgoing { receipt, .. }) in batch.enumerate() {
+                match index % 2 {
+                    0 => receipt.confirm(),
+                    _ => receipt.fail(Fate::NotPersisted, Error::new(ErrorKind::Full, "full")),
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_batch_of_any_size_has_its_failures_by_index() {
+        for size in [0, 1, 64, 65, 128, 200] {
+            let topic = crate::Topic::new("t").unwrap();
+            let message = Message::new("1".into(), "/s", "t", topic.clone());
+            let batch = vec![(Destination::Topic(topic), message, None, false); size];
+            let failed: Vec<_> = submit_and_wait(&Even, &batch).await.into_iter().map(|(index, _)| index).collect();
+            assert_eq!(failed, (0..size).filter(|index| index % 2 == 1).collect::<Vec<_>>());
+        }
     }
 
     #[test]
