@@ -8,6 +8,7 @@ use crate::state::{Mode, Told};
 use crate::subscription::Instance;
 use crate::topology::{TERMS, rung};
 use crate::wire::{Decoder, Origin};
+use foldhash::fast::RandomState;
 use parking_lot::{Condvar, Mutex};
 use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
@@ -150,6 +151,9 @@ struct Source {
     topic: Option<Topic>,
 }
 
+/// By topic and partition; looked up for each record.
+type Sources = HashMap<Arc<str>, HashMap<i32, Source, RandomState>, RandomState>;
+
 /// A record that was fetched.
 struct Fetched {
     epoch: u32,
@@ -190,8 +194,7 @@ pub(crate) struct Driver {
     consumer: Arc<BaseConsumer<GroupContext>>,
     committer: Option<Committer>,
     instance: Arc<Instance>,
-    /// By topic and partition.
-    sources: HashMap<Arc<str>, HashMap<i32, Source>>,
+    sources: Sources,
     decoder: Decoder,
     changes: VecDeque<Change>,
     /// What the broker is being told.
@@ -233,7 +236,7 @@ impl Driver {
             consumer,
             committer,
             instance: Arc::clone(instance),
-            sources: HashMap::new(),
+            sources: Sources::default(),
             decoder: Decoder::default(),
             changes: VecDeque::new(),
             telling: None,
@@ -289,17 +292,20 @@ impl Driver {
 
     /// Takes what the client has; whether there may be more.
     fn fetch(&mut self) -> bool {
-        let limit = self.instance.read_ahead();
-        let ready = self.instance.state.lock().ready();
-        let room = if self.is_paused { BATCH } else { limit.saturating_sub(ready).min(BATCH) };
+        let room = self.room();
+        let happened = || self.consumer.context().happened.lock().len();
+        let mut before = happened();
         let (mut fetched, mut empty, mut troubles) = (Vec::new(), false, Vec::new());
         while fetched.len() < room && !empty {
-            let happened = self.consumer.context().happened.lock().len();
             match self.consumer.poll(Duration::ZERO) {
                 Some(Ok(record)) => fetched.extend(take(&self.sources, &mut self.decoder, &record)),
                 Some(Err(error)) => troubles.push(error),
                 // What was polled may have been something that happened.
-                None => empty = self.consumer.context().happened.lock().len() == happened,
+                None => {
+                    let now = happened();
+                    empty = now == before;
+                    before = now;
+                }
             }
         }
         let any = !fetched.is_empty();
@@ -312,8 +318,21 @@ impl Driver {
         } else if !self.is_paused {
             self.full_since = None;
         }
-        self.instance.is_full.store(self.full_since.is_some() || self.is_paused, SeqCst);
         !empty && room > 0
+    }
+
+    /// How many records may be taken: many at a time, or none until enough was handed out.
+    fn room(&self) -> usize {
+        let limit = self.instance.read_ahead();
+        let mut state = self.instance.state.lock();
+        let ready = state.ready();
+        if self.is_paused {
+            state.call_at = Some(limit / 4);
+            return BATCH;
+        }
+        let is_full = ready > limit / 2;
+        state.call_at = is_full.then_some(limit / 2);
+        if is_full { 0 } else { (limit - ready).min(BATCH) }
     }
 
     fn deliver(&self, fetched: Vec<Fetched>) {
@@ -599,7 +618,7 @@ impl Driver {
             if !dirty || !(urgent || closing || now >= self.last_commit + COMMIT_INTERVAL) {
                 return;
             }
-            state.commits(closing)
+            state.commits(closing, now < self.last_commit + COMMIT_INTERVAL)
         };
         let mut list = TopicPartitionList::with_capacity(told.len());
         for told in &told {
@@ -734,18 +753,14 @@ impl Driver {
 }
 
 /// A record as it is kept.
-fn take(
-    sources: &HashMap<Arc<str>, HashMap<i32, Source>>,
-    decoder: &mut Decoder,
-    record: &BorrowedMessage<'_>,
-) -> Option<Fetched> {
+fn take(sources: &Sources, decoder: &mut Decoder, record: &BorrowedMessage<'_>) -> Option<Fetched> {
     let (name, partition, offset) = (record.topic(), record.partition(), record.offset());
     let source = sources.get(name)?.get(&partition)?;
     let origin = Origin { topic: source.topic.as_ref(), name, partition, offset };
     let decoded = decoder.decode(record, &origin);
     let offset = u64::try_from(offset).ok()?;
     let (due, further) = decoded.due.map_or((None, None), |due| due_at(due, record));
-    let item = Item { message: decoded.message, offset, hand_outs: 0, marked: false, due, further };
+    let item = Item { message: Arc::new(decoded.message), offset, hand_outs: 0, marked: false, due, further };
     Some(Fetched { epoch: source.epoch, item })
 }
 
