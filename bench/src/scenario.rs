@@ -114,7 +114,7 @@ pub async fn all<B: Broker>(broker: &B, effort: Effort, only: &str, of: &str) ->
         (
             "consume, acks confirmed",
             format!(
-                "Decoded into a struct, then acked, the ack confirmed; at most {} read and not confirmed; no order, 1 worker.",
+                "Decoded into a struct, then acked, the ack confirmed; at most {} read and not acked; no order, 1 worker.",
                 LIMITS.in_flight
             ),
             Scenario::Consume(1),
