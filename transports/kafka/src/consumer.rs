@@ -30,6 +30,8 @@ use tidings_core::{ErrorKind, Result, Topic};
 
 /// How often the broker is told at least, while there is something to tell.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(50);
+/// How often it looks where it waits for something that nobody tells.
+const A_MOMENT: Duration = Duration::from_millis(10);
 /// How long something that failed waits for its next try.
 const AGAIN: Duration = Duration::from_millis(100);
 /// How long what is read ahead may be enough before reading is paused, which throws away what the client holds.
@@ -201,6 +203,7 @@ pub(crate) struct Driver {
     telling: Option<Vec<Told>>,
     last_commit: Instant,
     not_before: Instant,
+    last_fetch: Instant,
     /// Since when enough is read ahead.
     full_since: Option<Instant>,
     is_paused: bool,
@@ -242,6 +245,7 @@ impl Driver {
             telling: None,
             last_commit: now,
             not_before: now,
+            last_fetch: now,
             full_since: None,
             is_paused: false,
             next_look: now,
@@ -278,7 +282,7 @@ impl Driver {
 
     fn patience(&self) -> Duration {
         if !self.changes.is_empty() || self.instance.opening.lock().is_some() || self.full_since.is_some() {
-            return Duration::from_millis(10);
+            return A_MOMENT;
         }
         let (dirty, urgent) = self.instance.state.lock().is_dirty();
         match self.telling {
@@ -311,6 +315,7 @@ impl Driver {
         let any = !fetched.is_empty();
         if any {
             self.deliver(fetched);
+            self.last_fetch = Instant::now();
         }
         troubles.into_iter().for_each(|error| self.trouble(error));
         if room == 0 {
@@ -321,7 +326,7 @@ impl Driver {
         !empty && room > 0
     }
 
-    /// How many records may be taken: many at a time, or none until enough was handed out.
+    /// How many records may be taken: many at a time, or none until enough was handed out or a moment has gone.
     fn room(&self) -> usize {
         let limit = self.instance.read_ahead();
         let mut state = self.instance.state.lock();
@@ -330,7 +335,7 @@ impl Driver {
             state.call_at = Some(limit / 4);
             return BATCH;
         }
-        let is_full = ready > limit / 2;
+        let is_full = ready >= limit || (ready > limit / 2 && self.last_fetch.elapsed() < A_MOMENT);
         state.call_at = is_full.then_some(limit / 2);
         if is_full { 0 } else { (limit - ready).min(BATCH) }
     }
