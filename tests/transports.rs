@@ -5,14 +5,17 @@
 use std::process::ExitCode;
 use tidings_conformance::Suite;
 use tidings_tests::factories::{Directory, Kafka, Memory, Nats, RabbitMq};
+use tidings_tests::server;
 
 fn main() -> ExitCode {
-    Suite::new()
+    let ended = Suite::new()
         .with(Memory)
         .with(Directory)
         .with_requested(Nats::default())
         .with_requested(RabbitMq::default())
         .with_requested(Kafka::default())
         .with_requested(Kafka::kip_848())
-        .main()
+        .main();
+    server::stop_all();
+    ended
 }

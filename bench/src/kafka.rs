@@ -4,6 +4,7 @@ use crate::broker::{Broker, Limits, Raw};
 use crate::event::{Sample, encode, handle};
 use crate::measure::Meter;
 use crate::{BoxError, Result};
+use std::hint::black_box;
 use std::sync::atomic::{
     AtomicU64,
     Ordering::{Acquire, Release},
@@ -15,7 +16,7 @@ use tidings::kafka::rdkafka::admin::{AdminClient, AdminOptions};
 use tidings::kafka::rdkafka::client::{ClientContext, DefaultClientContext};
 use tidings::kafka::rdkafka::consumer::{CommitMode, Consumer, StreamConsumer};
 use tidings::kafka::rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use tidings::kafka::rdkafka::message::{Header, Message, OwnedHeaders};
+use tidings::kafka::rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use tidings::kafka::rdkafka::metadata::MetadataTopic;
 use tidings::kafka::rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
 use tidings::kafka::rdkafka::util::get_rdkafka_version;
@@ -36,6 +37,11 @@ const PUBLISHED_BARE: Raw =
 const CONSUMED: Raw = Raw {
     name: "raw",
     what: "rdkafka, `StreamConsumer`, each offset stored when its event is handled, committed every 50 ms; the SDK's messages",
+    bare: false,
+};
+const CONSUMED_READ: Raw = Raw {
+    name: "raw, headers",
+    what: "the same, and finds the type and id of each in its headers, which librdkafka parses only then: who routes by type has to",
     bare: false,
 };
 const CONSUMED_BARE: Raw = Raw { name: "raw, bare", what: "the same with messages without headers", bare: true };
@@ -123,7 +129,7 @@ impl Confirmed {
 impl Broker for Kafka {
     const NAME: &'static str = "kafka";
     const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_BARE];
-    const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_BARE];
+    const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_READ, CONSUMED_BARE];
     const SETTLED: &'static str = "done with: its offset is stored, and offsets are committed now and then";
 
     async fn versions(&self) -> Result<String> {
@@ -168,13 +174,16 @@ impl Broker for Kafka {
         Ok(producer.flush(TIMEOUT)?)
     }
 
-    async fn consume<E: Sample>(&self, _: Raw, namespace: &str, _: Limits, meter: &Meter) -> Result<()> {
+    async fn consume<E: Sample>(&self, raw: Raw, namespace: &str, _: Limits, meter: &Meter) -> Result<()> {
         let consumer = self.consumer()?;
         let topic = format!("{namespace}.{}", E::TOPIC);
         consumer.subscribe(&[&topic])?;
         let mut next = TopicPartitionList::new();
         loop {
             let message = consumer.recv().await?;
+            if raw.name == CONSUMED_READ.name {
+                black_box(routed_by(message.headers()));
+            }
             handle::<E>(message.payload().unwrap_or_default(), meter)?;
             consumer.store_offset_from_message(&message)?;
             if !meter.tick() {
@@ -198,6 +207,18 @@ impl Broker for Kafka {
             _ => Ok(()),
         }
     }
+}
+
+fn routed_by<H: Headers>(headers: Option<&H>) -> [Option<&[u8]>; 2] {
+    let mut found = [None; 2];
+    for header in headers.into_iter().flat_map(Headers::iter) {
+        match header.key {
+            "ce_type" => found[0] = header.value,
+            "ce_id" => found[1] = header.value,
+            _ => {}
+        }
+    }
+    found
 }
 
 /// Those that the SDK sends, but for the id.

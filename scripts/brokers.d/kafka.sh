@@ -72,25 +72,45 @@ kafka_proxied() {
   done
 }
 
-# A listener that asks for the password of the user `shop`, by SASL PLAIN: TIDINGS_TEST_KAFKA_SASL is PORT:PASSWORD.
-kafka_sasl() {
-  [[ -n ${TIDINGS_TEST_KAFKA_SASL:-} ]] || return 0
-  listeners+=",SASL://127.0.0.1:${TIDINGS_TEST_KAFKA_SASL%%:*}"
-  advertised+=",SASL://127.0.0.1:${TIDINGS_TEST_KAFKA_SASL%%:*}"
-  protocols+=",SASL:SASL_PLAINTEXT"
+# A listener that asks the user `shop` for a password, or a token that nobody signs: TIDINGS_TEST_KAFKA_SASL is PORT:PASSWORD. And one by
+# TLS, to which clients show certificates: TIDINGS_TEST_KAFKA_TLS is PORT:FOLDER.
+kafka_secured() {
+  local name setting
+  for name in SASL:SASL_PLAINTEXT TLS:SSL; do
+    setting=TIDINGS_TEST_KAFKA_${name%:*}
+    [[ -n ${!setting:-} ]] || continue
+    listeners+=",${name%:*}://127.0.0.1:${!setting%%:*}"
+    advertised+=",${name%:*}://127.0.0.1:${!setting%%:*}"
+    protocols+=",$name"
+  done
 }
 
 kafka_sasl_properties() {
   [[ -n ${TIDINGS_TEST_KAFKA_SASL:-} ]] || return 0
-  echo listener.name.sasl.sasl.enabled.mechanisms=PLAIN
+  local modules=org.apache.kafka.common.security
+  echo listener.name.sasl.sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER
+  echo "listener.name.sasl.scram-sha-256.sasl.jaas.config=$modules.scram.ScramLoginModule required;"
+  echo "listener.name.sasl.scram-sha-512.sasl.jaas.config=$modules.scram.ScramLoginModule required;"
+  echo 'listener.name.sasl.oauthbearer.sasl.jaas.config=\'
+  echo "  $modules.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub=\"broker\";"
   echo 'listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \'
   echo "  user_shop=\"${TIDINGS_TEST_KAFKA_SASL#*:}\";"
+}
+
+kafka_tls_properties() {
+  [[ -n ${TIDINGS_TEST_KAFKA_TLS:-} ]] || return 0
+  local store
+  for store in keystore:server truststore:ca; do
+    echo "listener.name.tls.ssl.${store%:*}.type=PEM"
+    echo "listener.name.tls.ssl.${store%:*}.location=${TIDINGS_TEST_KAFKA_TLS#*:}/${store#*:}.pem"
+  done
+  echo listener.name.tls.ssl.client.auth=required
 }
 
 kafka_configure() {
   local listeners advertised protocols
   TIDINGS_TEST_KAFKA_PROXIED=${TIDINGS_TEST_KAFKA_PROXIED:-} kafka_proxied
-  kafka_sasl
+  kafka_secured
   cat >log4j2.xml <<-END
 	<Configuration status="WARN">
 	  <Appenders><Console name="out"><PatternLayout pattern="%d{ISO8601} %p %m (%c)%n"/></Console></Appenders>
@@ -134,14 +154,17 @@ kafka_configure() {
 	# A small heap.
 	log.cleaner.dedupe.buffer.size=16777216
 	END
-  kafka_sasl_properties >>server.properties
+  { kafka_sasl_properties; kafka_tls_properties; } >>server.properties
 }
 
 kafka_format() {
-  local id
+  local id scram=() hash
+  for hash in ${TIDINGS_TEST_KAFKA_SASL:+256 512}; do
+    scram+=(--add-scram "SCRAM-SHA-$hash=[name=shop,password=\"${TIDINGS_TEST_KAFKA_SASL#*:}\"]")
+  done
   id=$(head -c 16 /dev/urandom | base64 | tr '+/' 'AB')
   "$1" "${options[@]}" -cp "$(kafka_home)/*" -Dlog4j2.configurationFile=log4j2.xml kafka.tools.StorageTool format \
-    --cluster-id "${id%==}" --config server.properties >>log 2>&1
+    --cluster-id "${id%==}" --config server.properties "${scram[@]}" >>log 2>&1
 }
 
 kafka_start() {

@@ -40,7 +40,7 @@ impl Server {
         Ok((server, pairs))
     }
 
-    /// A Kafka broker that also takes the user `shop` with this password; and where.
+    /// A Kafka broker that also takes the user `shop` with this password, by any login; and where.
     ///
     /// # Errors
     /// As [`start`](Self::start).
@@ -48,6 +48,17 @@ impl Server {
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let sasl = format!("{}:{password}", address.port());
         Ok((Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_SASL".into(), sasl)])?, address))
+    }
+
+    /// A Kafka broker that also speaks TLS, as `server.pem` (key and certificate), to clients that `ca.pem` has signed, both in this
+    /// folder; and its port.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_kafka_with_tls(folder: &Path) -> io::Result<(Self, u16)> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let tls = format!("{port}:{}", folder.display());
+        Ok((Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_TLS".into(), tls)])?, port))
     }
 
     /// As [`start`](Self::start), with more variables for `scripts/brokers`.
@@ -71,6 +82,7 @@ impl Server {
         variables.extend(more);
         drop(free);
         let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
+        RUNNING.lock().expect("no panic inside").push((broker, server.state.clone()));
         server.up()?;
         server.url = server.run("url")?.trim().to_owned();
         Ok(server)
@@ -148,32 +160,46 @@ impl Server {
     fn command(&self, what: &str) -> Command {
         let mut command = script();
         command.args([what, self.broker]).env("TIDINGS_TEST_STATE", &self.state).envs(self.variables.iter().cloned());
-        for broker in ["NATS", "RABBITMQ", "KAFKA"] {
-            // Somebody's broker in the environment is not this test's.
-            command.env_remove(format!("TIDINGS_TEST_{broker}_URL"));
-        }
         command
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stop();
+        stop(self.broker, &self.state);
     }
 }
 
-impl Server {
-    fn stop(&self) {
-        if let Err(error) = self.run("down") {
-            eprintln!("{} was not stopped: {error}", self.broker);
-        }
-        let _ = std::fs::remove_dir_all(&self.state);
+/// The brokers that this process has started and not stopped, with their folders.
+static RUNNING: Mutex<Vec<(&str, PathBuf)>> = Mutex::new(Vec::new());
+
+/// Stops all that this process has started, whoever holds them: for the end of `main`, where what a hung case has left behind does
+/// not end.
+///
+/// # Panics
+/// If a test panicked in it.
+pub fn stop_all() {
+    loop {
+        let Some((broker, state)) = RUNNING.lock().expect("no panic inside").last().cloned() else { return };
+        stop(broker, &state);
     }
+}
+
+fn stop(broker: &str, state: &Path) {
+    RUNNING.lock().expect("no panic inside").retain(|(_, running)| running != state);
+    if let Err(error) = output(script().args(["down", broker]).env("TIDINGS_TEST_STATE", state)) {
+        eprintln!("{broker} was not stopped: {error}");
+    }
+    let _ = std::fs::remove_dir_all(state);
 }
 
 fn script() -> Command {
     let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/brokers"));
     command.stdin(Stdio::null());
+    for broker in ["NATS", "RABBITMQ", "KAFKA"] {
+        // Somebody's broker in the environment is not this test's.
+        command.env_remove(format!("TIDINGS_TEST_{broker}_URL"));
+    }
     command
 }
 
@@ -192,16 +218,6 @@ fn output(command: &mut Command) -> io::Result<String> {
 pub struct OnDemand {
     broker: &'static str,
     started: Mutex<Option<Arc<Server>>>,
-}
-
-/// What a case has left running may still hold the server when the process ends.
-impl Drop for OnDemand {
-    fn drop(&mut self) {
-        let started = self.started.lock().ok().and_then(|mut started| started.take());
-        if let Some(server) = started {
-            server.stop();
-        }
-    }
 }
 
 impl OnDemand {

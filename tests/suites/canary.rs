@@ -462,7 +462,7 @@ async fn nor_those_of_kafka() {
     // With and without TLS compiled in.
     let tls = attempt("a server without TLS", by_url(PASSWORD, "?tls=true&connect_timeout_ms=2000")).await;
     assert!(matches!(tls, Err(ErrorKind::Config | ErrorKind::Connection | ErrorKind::Timeout)), "{tls:?}");
-    let scram = attempt("another login", by_url(PASSWORD, "?sasl=scram-sha-256")).await;
+    let scram = attempt("another login", by_url(WRONG, "?sasl=scram-sha-256")).await;
     assert!(matches!(scram, Err(ErrorKind::Config | ErrorKind::Denied)), "{scram:?}");
     let section = |secret: &str| {
         let at = format!("brokers = ['{address}']\nuser = 'shop'\npassword = {secret}");

@@ -2,14 +2,20 @@
 //! `kafka`.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
+#[cfg(feature = "kafka-tls")]
+mod authority;
+
+use base64::Engine;
 use std::collections::HashMap;
+#[cfg(feature = "kafka-tls")]
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tidings::handler::Delivered;
-use tidings::kafka::{KafkaConfig, KafkaTransport, Provision};
+use tidings::kafka::{KafkaConfig, KafkaTransport, Provision, Sasl};
 use tidings::prelude::*;
 use tidings_tests::server::Server;
-use tidings_tests::{Order, dead_letters, eventually, order};
+use tidings_tests::{Order, Seen, dead_letters, eventually, order};
 
 fn is_chosen() -> bool {
     let transports = std::env::var("TIDINGS_TEST_FAULTS").unwrap_or_default();
@@ -42,20 +48,145 @@ async fn a_topic_that_is_missing_is_an_error_where_nothing_is_created() {
     }
 }
 
+// ---- Logins and TLS ----
+
+const PASSWORD: &str = "s3cr:et+/%";
+
+/// Longer than connecting may take.
+const SOON: Duration = Duration::from_secs(10);
+
+async fn note(order: Order, State(seen): State<Seen<u64>>) {
+    seen.push(order.number);
+}
+
+/// Something comes through, in both directions.
+async fn works(config: KafkaConfig) {
+    let bus = Bus::new(KafkaTransport::connect(config).await.unwrap() as _, tidings::BusConfig::default()).unwrap();
+    let seen = Seen::<u64>::default();
+    let running = Service::new("crm").state(seen.clone()).on(note).start(&bus).await.unwrap();
+    bus.publish(&order("ada", 7)).await.unwrap();
+    assert_eq!(seen.count(1).await, [7]);
+    running.drain(SOON).await;
+    bus.close(SOON).await.unwrap();
+}
+
+/// It is an error of this kind, in time, that says this.
+async fn is_refused(config: KafkaConfig, kind: ErrorKind, says: &str) {
+    let begun = Instant::now();
+    let error = KafkaTransport::connect(config).await.err().expect("refused");
+    assert!(error.kind() == kind && error.to_string().contains(says), "{error:?}");
+    assert!(begun.elapsed() < SOON, "after {:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_each_login_only_who_is_known_gets_in() {
+    if !is_chosen() {
+        return;
+    }
+    let (_server, address) = tokio::task::block_in_place(|| Server::start_kafka_with_password(PASSWORD)).unwrap();
+    let config = |sasl: Sasl, password: &str| KafkaConfig {
+        brokers: vec![address.to_string()],
+        namespace: format!("{sasl:?}").to_lowercase(),
+        sasl: Some(sasl),
+        user: Some("shop".into()),
+        password: Some(password.to_owned().into()),
+        ..KafkaConfig::default()
+    };
+    let by_password: &[Sasl] = match cfg!(feature = "kafka-tls") {
+        true => &[Sasl::Plain, Sasl::ScramSha256, Sasl::ScramSha512],
+        false => &[Sasl::Plain],
+    };
+    for sasl in by_password {
+        works(config(*sasl, PASSWORD)).await;
+        is_refused(config(*sasl, "another"), ErrorKind::Denied, "refused").await;
+    }
+    let by_token = |token: String| KafkaConfig {
+        token: Some(token.into()),
+        provision: Provision::Off,
+        ..config(Sasl::OAuthBearer, "")
+    };
+    if !cfg!(feature = "kafka-tls") {
+        println!("skipped: SCRAM and OAUTHBEARER need the feature `kafka-tls`");
+        return is_refused(by_token(token(3_600)), ErrorKind::Config, "compiled").await;
+    }
+    // What is there already, because nothing can be created so.
+    works(KafkaConfig { namespace: "oauthbearer".into(), ..config(Sasl::Plain, PASSWORD) }).await;
+    works(by_token(token(3_600))).await;
+    let creates = KafkaConfig { provision: Provision::Create, ..by_token(token(3_600)) };
+    is_refused(creates, ErrorKind::Config, "provision").await;
+    is_refused(by_token(token(-3_600)), ErrorKind::Denied, "refused").await;
+}
+
+/// A token that nobody signed, good for so many seconds.
+fn token(lasts: i64) -> String {
+    let encode = |json: String| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(json);
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs() as i64;
+    let claims = format!(r#"{{"sub":"shop","iat":{},"exp":{}}}"#, now.min(now + lasts) - 1, now + lasts);
+    format!("{}.{}.", encode(r#"{"alg":"none"}"#.into()), encode(claims))
+}
+
+#[cfg(feature = "kafka-tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_tls_only_a_trusted_server_and_only_a_known_client() {
+    use authority::Authority;
+    if !is_chosen() {
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("tidings-tls-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let (cert, key) = authority.sign("the server");
+    file("server.pem", &format!("{key}{cert}"));
+    let (ca, other) = (file("ca.pem", &authority.pem()), file("other.pem", &stranger.pem()));
+    let start = || Server::start_kafka_with_tls(&folder);
+    let (_server, port) = tokio::task::block_in_place(start).unwrap();
+    let signed = |by: &Authority, name: &str| {
+        let (cert, key) = by.sign("shop");
+        (file(&format!("{name}.pem"), &cert), file(&format!("{name}-key.pem"), &key))
+    };
+    let (shop, forged) = (signed(&authority, "shop"), signed(&stranger, "forged"));
+    let config = |host: &str, ca: &Path, client: Option<&(PathBuf, PathBuf)>| KafkaConfig {
+        brokers: vec![format!("{host}:{port}")],
+        tls: Some(true),
+        tls_ca_file: Some(ca.into()),
+        tls_cert_file: client.map(|(cert, _)| cert.clone()),
+        tls_key_file: client.map(|(_, key)| key.clone()),
+        ..KafkaConfig::default()
+    };
+    works(config("127.0.0.1", &ca, Some(&shop))).await;
+    is_refused(config("127.0.0.1", &other, Some(&shop)), ErrorKind::Connection, "certificate verify failed").await;
+    // The server's certificate is for 127.0.0.1.
+    is_refused(config("localhost", &ca, Some(&shop)), ErrorKind::Connection, "certificate verify failed").await;
+    // The server hangs up on them without a word that the client tells.
+    is_refused(config("127.0.0.1", &ca, None), ErrorKind::Connection, "no broker can be reached").await;
+    is_refused(config("127.0.0.1", &ca, Some(&forged)), ErrorKind::Connection, "no broker can be reached").await;
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
 // ---- One in a hundred fails ----
 
-const EVENTS: u64 = 10_000;
-const WINDOW: usize = 512;
+/// `TIDINGS_TEST_EVENTS=500000` with `--release` is for a run by hand that lasts long enough to compare.
+fn events() -> u64 {
+    std::env::var("TIDINGS_TEST_EVENTS").map_or(10_000, |text| text.parse().unwrap())
+}
+
+/// One in a hundred that waits a second and a half for its attempts takes a place so long.
+const WINDOW: usize = 4_096;
 
 #[derive(Default)]
-struct Seen {
+struct Runs {
     handled: u64,
     /// Of those that fail, by number.
     attempts: HashMap<u64, Vec<u32>>,
 }
 
 #[derive(Clone, Default)]
-struct Attempts(Arc<Mutex<Seen>>);
+struct Attempts(Arc<Mutex<Runs>>);
 
 /// Those of a `poison..` fail always.
 async fn handle(order: Order, told: Delivered, State(attempts): State<Attempts>) -> Result<(), HandlerError> {
@@ -77,11 +208,11 @@ async fn handled_in(server: &Server, namespace: &str, policy: RetryPolicy, faili
     let service = || Service::new("billing").state(attempts.clone()).on_with(settings(), handle);
     service().provision(&bus).await.unwrap();
     let failing_key = |n: u64| failing > 0 && n.is_multiple_of(100);
-    let orders = (0..EVENTS).map(|n| order(&format!("{}{n}", if failing_key(n) { "poison" } else { "k" }), n));
+    let orders = (0..events()).map(|n| order(&format!("{}{n}", if failing_key(n) { "poison" } else { "k" }), n));
     bus.publish_all(&orders.collect::<Vec<_>>()).await.unwrap();
     let begun = Instant::now();
     let running = service().start(&bus).await.unwrap();
-    eventually("all others are handled", || async { attempts.0.lock().unwrap().handled == EVENTS - failing }).await;
+    eventually("all others are handled", || async { attempts.0.lock().unwrap().handled == events() - failing }).await;
     let took = begun.elapsed();
     let letters = dead_letters(&bus, "billing.shop.order.placed", usize::try_from(failing).unwrap()).await;
     assert_eq!(letters.len() as u64, failing);
@@ -105,12 +236,13 @@ async fn what_always_fails_is_dead_lettered_after_exact_attempts() {
     let server = tokio::task::block_in_place(|| Server::shared("kafka")).unwrap();
     let policy = || RetryPolicy::default().attempts(5).backoff(Duration::from_millis(50), Duration::from_secs(1));
     let clean = handled_in(&server, "clean", policy(), 0).await;
-    let in_order = handled_in(&server, "held", policy().in_order(), EVENTS / 100).await;
-    let aside = handled_in(&server, "aside", policy().aside(), EVENTS / 100).await;
+    let in_order = handled_in(&server, "held", policy().in_order(), events() / 100).await;
+    let aside = handled_in(&server, "aside", policy().aside(), events() / 100).await;
     let ratio = |took: Duration| clean.as_secs_f64() / took.as_secs_f64();
     println!(
-        "{EVENTS} events, max_in_flight {WINDOW}: {clean:.2?} without failures; with 1 % that always fail the others took \
+        "{} events, max_in_flight {WINDOW}: {clean:.2?} without failures; with 1 % that always fail the others took \
          {in_order:.2?} in order ({:.2}x) and {aside:.2?} aside ({:.2}x)",
+        events(),
         ratio(in_order),
         ratio(aside)
     );

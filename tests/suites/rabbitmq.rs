@@ -1,6 +1,9 @@
 //! What only RabbitMQ can show, and the conformance suite does not; where `TIDINGS_TEST_FAULTS` names `rabbitmq`.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
+mod authority;
+
+use authority::Authority;
 use std::future::poll_fn;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -343,27 +346,6 @@ async fn a_memory_alarm_ends_in_the_deadline_stops_no_ack_and_passes() {
 
 // ---- TLS ----
 
-/// An authority, and what it signs.
-struct Authority(rcgen::CertifiedIssuer<'static, rcgen::KeyPair>);
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = rcgen::CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        params.distinguished_name.push(rcgen::DnType::CommonName, "an authority");
-        Self(rcgen::CertifiedIssuer::self_signed(params, rcgen::KeyPair::generate().unwrap()).unwrap())
-    }
-
-    /// A certificate and its key.
-    fn sign(&self, name: &str) -> (String, String) {
-        let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".into()]).unwrap();
-        params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        let key = rcgen::KeyPair::generate().unwrap();
-        (params.signed_by(&key, &self.0).unwrap().pem(), key.serialize_pem())
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn by_tls_only_a_trusted_server_and_by_certificate_only_a_known_client() {
     if !is_chosen() {
@@ -377,7 +359,7 @@ async fn by_tls_only_a_trusted_server_and_by_certificate_only_a_known_client() {
     };
     let (authority, stranger) = (Authority::new(), Authority::new());
     let ((cert, key), port) = (authority.sign("the server"), free_port());
-    let (ca, other) = (file("ca.pem", &authority.0.pem()), file("other.pem", &stranger.0.pem()));
+    let (ca, other) = (file("ca.pem", &authority.pem()), file("other.pem", &stranger.pem()));
     file("cert.pem", &cert);
     file("key.pem", &key);
     let here = "/var/lib/rabbitmq";

@@ -19,14 +19,21 @@ use tokio::sync::watch;
 /// How long a token is taken to be good, if nothing says otherwise: it is read anew before.
 const TOKEN_LIFE: Duration = Duration::from_secs(300);
 
+/// What can be wrong with a connection for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Login,
+    Tls,
+}
+
 /// Whether the cluster can be reached, for all clients of one transport.
 pub(crate) struct Link {
     pub(crate) events: Events,
     pub(crate) closed: AtomicBool,
     /// Why it cannot, since when it cannot.
     down: Mutex<Option<String>>,
-    /// The last refusal of our credentials.
-    denied: Mutex<Option<String>>,
+    /// The last refusal of our credentials, or of the other side's by us.
+    denied: Mutex<Option<(Refusal, String)>>,
     pub(crate) up: watch::Sender<bool>,
 }
 
@@ -50,8 +57,8 @@ impl Link {
         *self.up.borrow()
     }
 
-    /// What refused the credentials, if that is why nothing can be reached.
-    pub(crate) fn denied(&self) -> Option<String> {
+    /// What was refused, if that is why nothing can be reached.
+    pub(crate) fn denied(&self) -> Option<(Refusal, String)> {
         self.denied.lock().clone()
     }
 
@@ -117,8 +124,9 @@ impl ClientContext for KafkaContext {
         tracing::debug!(target: "librdkafka", "{failed}: {reason}");
         match failed.rdkafka_error_code() {
             Some(Code::Authentication | Code::SaslAuthenticationFailed | Code::UnsupportedSASLMechanism) => {
-                *self.link.denied.lock() = Some(reason.to_owned());
+                *self.link.denied.lock() = Some((Refusal::Login, reason.to_owned()));
             }
+            Some(Code::SSL) => *self.link.denied.lock() = Some((Refusal::Tls, reason.to_owned())),
             Some(Code::AllBrokersDown) if self.speaks => self.link.lose(reason),
             _ => {}
         }

@@ -115,7 +115,7 @@ pub enum Sasl {
     /// Proof of the password. Needs the feature `tls`.
     #[serde(rename = "scram-sha-512")]
     ScramSha512,
-    /// A token. Needs the feature `tls`.
+    /// A token. Needs the feature `tls`, and `provision = "off"`: what creates and verifies topics cannot log in so.
     #[serde(rename = "oauthbearer")]
     OAuthBearer,
 }
@@ -339,6 +339,12 @@ impl KafkaConfig {
                     "this login is not compiled in: build with the feature `tls` (`kafka-tls` of `tidings`)",
                 );
             }
+            Some(Sasl::OAuthBearer) if self.provision != Provision::Off => {
+                return refuse(
+                    "provision",
+                    "`oauthbearer` needs `provision = \"off\"`: rdkafka's client that creates and verifies cannot log in by token",
+                );
+            }
             Some(Sasl::OAuthBearer) => {}
             Some(_) if self.user.is_none() || self.password.is_none() => {
                 return refuse("password", "this login needs a user and a password");
@@ -474,7 +480,13 @@ mod tests {
 
     #[test]
     fn no_property_breaks_a_promise() {
-        for property in ["acks", "enable.idempotence", "enable.auto.commit", "enable.ssl.certificate.verification"] {
+        for property in [
+            "acks",
+            "enable.idempotence",
+            "enable.auto.commit",
+            "enable.ssl.certificate.verification",
+            "group.instance.id",
+        ] {
             let mut config = KafkaConfig::default();
             config.properties.insert(property.into(), "0".into());
             let error = config.check().unwrap_err();

@@ -8,6 +8,7 @@ use crate::state::{Mode, Told};
 use crate::subscription::Instance;
 use crate::topology::{TERMS, rung};
 use crate::wire::{Decoder, Origin};
+use foldhash::fast::RandomState;
 use parking_lot::{Condvar, Mutex};
 use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
@@ -29,6 +30,8 @@ use tidings_core::{ErrorKind, Result, Topic};
 
 /// How often the broker is told at least, while there is something to tell.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(50);
+/// How often it looks where it waits for something that nobody tells.
+const A_MOMENT: Duration = Duration::from_millis(10);
 /// How long something that failed waits for its next try.
 const AGAIN: Duration = Duration::from_millis(100);
 /// How long what is read ahead may be enough before reading is paused, which throws away what the client holds.
@@ -150,6 +153,9 @@ struct Source {
     topic: Option<Topic>,
 }
 
+/// By topic and partition; looked up for each record.
+type Sources = HashMap<Arc<str>, HashMap<i32, Source, RandomState>, RandomState>;
+
 /// A record that was fetched.
 struct Fetched {
     epoch: u32,
@@ -190,14 +196,14 @@ pub(crate) struct Driver {
     consumer: Arc<BaseConsumer<GroupContext>>,
     committer: Option<Committer>,
     instance: Arc<Instance>,
-    /// By topic and partition.
-    sources: HashMap<Arc<str>, HashMap<i32, Source>>,
+    sources: Sources,
     decoder: Decoder,
     changes: VecDeque<Change>,
     /// What the broker is being told.
     telling: Option<Vec<Told>>,
     last_commit: Instant,
     not_before: Instant,
+    last_fetch: Instant,
     /// Since when enough is read ahead.
     full_since: Option<Instant>,
     is_paused: bool,
@@ -233,12 +239,13 @@ impl Driver {
             consumer,
             committer,
             instance: Arc::clone(instance),
-            sources: HashMap::new(),
+            sources: Sources::default(),
             decoder: Decoder::default(),
             changes: VecDeque::new(),
             telling: None,
             last_commit: now,
             not_before: now,
+            last_fetch: now,
             full_since: None,
             is_paused: false,
             next_look: now,
@@ -275,7 +282,7 @@ impl Driver {
 
     fn patience(&self) -> Duration {
         if !self.changes.is_empty() || self.instance.opening.lock().is_some() || self.full_since.is_some() {
-            return Duration::from_millis(10);
+            return A_MOMENT;
         }
         let (dirty, urgent) = self.instance.state.lock().is_dirty();
         match self.telling {
@@ -289,22 +296,26 @@ impl Driver {
 
     /// Takes what the client has; whether there may be more.
     fn fetch(&mut self) -> bool {
-        let limit = self.instance.read_ahead();
-        let ready = self.instance.state.lock().ready();
-        let room = if self.is_paused { BATCH } else { limit.saturating_sub(ready).min(BATCH) };
+        let room = self.room();
+        let happened = || self.consumer.context().happened.lock().len();
+        let mut before = happened();
         let (mut fetched, mut empty, mut troubles) = (Vec::new(), false, Vec::new());
         while fetched.len() < room && !empty {
-            let happened = self.consumer.context().happened.lock().len();
             match self.consumer.poll(Duration::ZERO) {
                 Some(Ok(record)) => fetched.extend(take(&self.sources, &mut self.decoder, &record)),
                 Some(Err(error)) => troubles.push(error),
                 // What was polled may have been something that happened.
-                None => empty = self.consumer.context().happened.lock().len() == happened,
+                None => {
+                    let now = happened();
+                    empty = now == before;
+                    before = now;
+                }
             }
         }
         let any = !fetched.is_empty();
         if any {
             self.deliver(fetched);
+            self.last_fetch = Instant::now();
         }
         troubles.into_iter().for_each(|error| self.trouble(error));
         if room == 0 {
@@ -312,8 +323,21 @@ impl Driver {
         } else if !self.is_paused {
             self.full_since = None;
         }
-        self.instance.is_full.store(self.full_since.is_some() || self.is_paused, SeqCst);
         !empty && room > 0
+    }
+
+    /// How many records may be taken: many at a time, or none until enough was handed out or a moment has gone.
+    fn room(&self) -> usize {
+        let limit = self.instance.read_ahead();
+        let mut state = self.instance.state.lock();
+        let ready = state.ready();
+        if self.is_paused {
+            state.call_at = Some(limit / 4);
+            return BATCH;
+        }
+        let is_full = ready >= limit || (ready > limit / 2 && self.last_fetch.elapsed() < A_MOMENT);
+        state.call_at = is_full.then_some(limit / 2);
+        if is_full { 0 } else { (limit - ready).min(BATCH) }
     }
 
     fn deliver(&self, fetched: Vec<Fetched>) {
@@ -599,7 +623,7 @@ impl Driver {
             if !dirty || !(urgent || closing || now >= self.last_commit + COMMIT_INTERVAL) {
                 return;
             }
-            state.commits(closing)
+            state.commits(closing, now < self.last_commit + COMMIT_INTERVAL)
         };
         let mut list = TopicPartitionList::with_capacity(told.len());
         for told in &told {
@@ -734,18 +758,14 @@ impl Driver {
 }
 
 /// A record as it is kept.
-fn take(
-    sources: &HashMap<Arc<str>, HashMap<i32, Source>>,
-    decoder: &mut Decoder,
-    record: &BorrowedMessage<'_>,
-) -> Option<Fetched> {
+fn take(sources: &Sources, decoder: &mut Decoder, record: &BorrowedMessage<'_>) -> Option<Fetched> {
     let (name, partition, offset) = (record.topic(), record.partition(), record.offset());
     let source = sources.get(name)?.get(&partition)?;
     let origin = Origin { topic: source.topic.as_ref(), name, partition, offset };
     let decoded = decoder.decode(record, &origin);
     let offset = u64::try_from(offset).ok()?;
     let (due, further) = decoded.due.map_or((None, None), |due| due_at(due, record));
-    let item = Item { message: decoded.message, offset, hand_outs: 0, marked: false, due, further };
+    let item = Item { message: Arc::new(decoded.message), offset, hand_outs: 0, marked: false, due, further };
     Some(Fetched { epoch: source.epoch, item })
 }
 

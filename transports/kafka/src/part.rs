@@ -16,7 +16,7 @@ const RUNG_READY: usize = 64;
 /// An event on its way through a partition.
 #[derive(Debug)]
 pub(crate) struct Item {
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     pub(crate) offset: u64,
     pub(crate) hand_outs: u32,
     /// It may have been handed out before, by another owner.
@@ -50,7 +50,6 @@ pub(crate) enum Kind {
 }
 
 /// What an owner may hand out next.
-#[expect(clippy::large_enum_variant, reason = "it is taken apart at once; a box for each event would cost more")]
 pub(crate) enum Next {
     Item(Item),
     /// Nothing before this.

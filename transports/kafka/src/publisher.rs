@@ -8,6 +8,7 @@ use crate::error::{client as failed, closed, error, publish};
 use crate::topology::{Catalog, partition_for};
 use crate::wire::{self, Encoded};
 use bytes::Bytes;
+use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
@@ -130,11 +131,13 @@ pub(crate) struct Outbox {
     is_broken: AtomicBool,
     count: AtomicUsize,
     bytes: AtomicUsize,
+    /// Something may wait in the queue: set under the lock, looked at without it for each answer.
+    waits: AtomicBool,
 }
 
 struct State {
     client: Option<Arc<Client>>,
-    routes: HashMap<Goal, Arc<str>>,
+    routes: HashMap<Goal, Arc<str>, RandomState>,
     waiting: VecDeque<Item>,
     /// How many of those that wait are owed: then nobody waits for room.
     owed: usize,
@@ -155,7 +158,7 @@ struct Item {
 
 impl Outbox {
     pub(crate) fn start(catalog: &Arc<Catalog>, link: &Arc<Link>, max_payload: usize) -> Result<Arc<Self>> {
-        let state = State { client: None, routes: HashMap::new(), waiting: VecDeque::new(), owed: 0 };
+        let state = State { client: None, routes: HashMap::default(), waiting: VecDeque::new(), owed: 0 };
         let outbox = Arc::new(Self {
             catalog: Arc::clone(catalog),
             link: Arc::clone(link),
@@ -167,6 +170,7 @@ impl Outbox {
             is_broken: AtomicBool::new(false),
             count: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
+            waits: AtomicBool::new(false),
         });
         outbox.state.lock().client = Some(outbox.connect()?);
         tokio::spawn(Arc::clone(&outbox).work());
@@ -261,7 +265,7 @@ impl Outbox {
         if self.count.fetch_sub(1, SeqCst) == 1 || self.is_closed.load(SeqCst) {
             self.answered.notify_waiters();
         }
-        if self.state.try_lock().is_none_or(|state| !state.waiting.is_empty()) {
+        if self.waits.load(SeqCst) {
             self.changed.notify_one();
         }
     }
@@ -296,6 +300,7 @@ impl Outbox {
             state.owed -= usize::from(item.owed);
             self.produce(&client, &topic, item);
         }
+        self.waits.store(false, SeqCst);
         None
     }
 
@@ -458,6 +463,7 @@ impl Publisher for KafkaPublisher {
                 (true, Some(client), Some(topic)) => outbox.produce(client, &Arc::clone(topic), item),
                 _ => {
                     waits = true;
+                    outbox.waits.store(true, SeqCst);
                     state.owed += usize::from(item.owed);
                     state.waiting.push_back(item);
                 }

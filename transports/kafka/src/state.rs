@@ -6,15 +6,19 @@ use slab::Slab;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::task::Waker;
-use tidings_core::Error;
 use tidings_core::transport::{
     ABANDONED_BACKOFF, Acker, Delivery, Flushed, Lease, Notice, Polled, Role, Settle, Settlement, Tag,
 };
+use tidings_core::{Error, Message};
 use tokio::time::Instant;
 
 /// The slots of what is sent to the address; each further topic has slots of its own too.
 const ADDRESS_SLOT: u32 = 1 << 31;
 const SLOTS_OF_A_TOPIC: u32 = 1 << 16;
+/// How many times `max_in_flight` may be settled here and not committed, because each commit is work for the cluster.
+const UNTOLD_WINDOWS: usize = 8;
+/// The furthest ahead that the broker is told.
+const MAX_RESERVE: u64 = 65_536;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -54,6 +58,8 @@ pub(crate) struct State {
     /// Settled here, and the broker was not told.
     untold: usize,
     max_in_flight: usize,
+    /// The thread is to be called when no more than this is ready.
+    pub(crate) call_at: Option<usize>,
     /// How far ahead the broker is told that events may be handed out.
     reserve: u64,
     topics: Vec<Arc<str>>,
@@ -91,6 +97,7 @@ impl State {
             outs: Slab::new(),
             untold: 0,
             max_in_flight,
+            call_at: None,
             reserve: (max_in_flight as u64 * 2).max(256),
             topics: Vec::new(),
             notices: Vec::new(),
@@ -217,7 +224,18 @@ impl State {
     // ---- Handing out ----
 
     fn room(&self) -> usize {
-        self.max_in_flight.saturating_sub(self.outs.len() + self.untold)
+        let untold = self.max_untold().saturating_sub(self.untold);
+        self.max_in_flight.saturating_sub(self.outs.len()).min(untold)
+    }
+
+    /// With so many settled and not committed nothing more is handed out. One at a time is just that.
+    fn max_untold(&self) -> usize {
+        1 + self.max_in_flight.saturating_sub(1).saturating_mul(UNTOLD_WINDOWS)
+    }
+
+    /// So many are worth a commit before its time.
+    fn many_untold(&self) -> usize {
+        self.max_untold().div_ceil(2)
     }
 
     /// Hands out up to `max` events; whether there were any, when the next is due, and what the thread is to do.
@@ -252,10 +270,6 @@ impl State {
                         break;
                     }
                     Next::Unreserved => {
-                        // It was not far enough ahead for how fast it goes.
-                        if part.reserved > 0 && !part.dirty {
-                            self.reserve = (self.reserve * 2).min(65_536);
-                        }
                         part.dirty = true;
                         call = Call::Now;
                         break;
@@ -264,8 +278,8 @@ impl State {
                 }
             }
         }
-        if self.untold > 0 && self.room() == 0 {
-            call = Call::Now;
+        if self.call_at.is_some_and(|at| self.ready() <= at) {
+            (self.call_at, call) = (None, Call::Now);
         }
         (any, due, call)
     }
@@ -280,7 +294,7 @@ impl State {
         item.hand_outs = item.hand_outs.saturating_add(1);
         let (slot, position) = (part.slot, item.offset);
         let (redelivered, replayed) = (item.hand_outs > 1 || item.marked, self.mode == Mode::Replay);
-        let message = item.message.clone();
+        let message = Arc::clone(&item.message);
         let further = item.further;
         let seq = self.outs.insert(Out { epoch, item }) as u64;
         let tag = Tag { epoch, seq };
@@ -289,19 +303,10 @@ impl State {
             return None;
         }
         let acker = Acker::new(Arc::clone(settle), tag);
-        Some(Delivery {
-            message: message.into(),
-            position,
-            slot,
-            redelivered,
-            replayed,
-            hand_outs: None,
-            lost: None,
-            acker,
-        })
+        Some(Delivery { message, position, slot, redelivered, replayed, hand_outs: None, lost: None, acker })
     }
 
-    fn send_on(&mut self, tag: Tag, further: u64, message: tidings_core::Message) {
+    fn send_on(&mut self, tag: Tag, further: u64, message: Arc<Message>) {
         let item = Item { message, offset: 0, hand_outs: 0, marked: false, due: None, further: Some(further) };
         self.further.push((tag, item));
     }
@@ -329,7 +334,7 @@ impl State {
                 }
                 part.untold += 1;
                 self.untold += 1;
-                let waits = self.untold * 2 >= self.max_in_flight || revoked;
+                let waits = self.untold == self.many_untold() || self.untold >= self.max_untold() || revoked;
                 return if waits { Call::Now } else { Call::Soon };
             }
             // The next owner reads it.
@@ -356,14 +361,20 @@ impl State {
     /// Whether there is something to tell, and whether somebody waits for it.
     pub(crate) fn is_dirty(&self) -> (bool, bool) {
         let dirty = self.parts.values().any(|part| part.dirty);
-        let unreserved = self.parts.values().any(|part| part.dirty && part.reserved < part.handed + self.reserve / 2);
-        let full = self.untold * 2 >= self.max_in_flight;
         let revoking = self.parts.values().any(|part| part.dirty && part.revoking);
-        (dirty, dirty && (unreserved || full || revoking))
+        (dirty, dirty && (self.is_unreserved() || self.untold >= self.many_untold() || revoking))
     }
 
-    /// What a commit is to tell now. `exact` if nothing is handed out any more.
-    pub(crate) fn commits(&mut self, exact: bool) -> Vec<Told> {
+    /// Whether of some partition soon nothing more may be handed out.
+    fn is_unreserved(&self) -> bool {
+        self.parts.values().any(|part| part.dirty && part.reserved < part.handed + self.reserve / 2)
+    }
+
+    /// What a commit is to tell now. `exact` if nothing is handed out any more; early if it cannot wait for its time.
+    pub(crate) fn commits(&mut self, exact: bool, is_early: bool) -> Vec<Told> {
+        if is_early && self.is_unreserved() {
+            self.reserve = (self.reserve * 2).min(MAX_RESERVE);
+        }
         let reserve = self.reserve;
         let dirty = self.parts.iter_mut().filter(|(_, part)| part.dirty);
         dirty.map(|(epoch, part)| tell(*epoch, part, if exact || part.revoking { 0 } else { reserve })).collect()

@@ -57,8 +57,6 @@ pub(crate) struct Instance {
     pub(crate) opening: Mutex<Option<Opening>>,
     /// Whether the subscription is known to have been created to the end.
     is_created: AtomicBool,
-    /// Enough is read ahead.
-    pub(crate) is_full: AtomicBool,
     /// The broker is told exactly what was handed out, because nothing more is.
     pub(crate) is_exact: AtomicBool,
     end: Mutex<Option<std::time::Instant>>,
@@ -81,7 +79,6 @@ impl Instance {
             signal: Arc::default(),
             opening: Mutex::default(),
             is_created: AtomicBool::new(false),
-            is_full: AtomicBool::new(false),
             is_exact: AtomicBool::new(false),
             end: Mutex::default(),
             has_ended: AtomicBool::new(false),
@@ -145,7 +142,7 @@ impl Instance {
     }
 
     /// Sends on what is due later than its partition could tell.
-    fn send_on(self: &Arc<Self>, tag: Tag, due: u64, message: Message) {
+    fn send_on(self: &Arc<Self>, tag: Tag, due: u64, message: Arc<Message>) {
         let instance = Arc::clone(self);
         tokio::spawn(async move {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -208,7 +205,7 @@ impl KafkaSubscription {
         for (tag, item) in further {
             instance.send_on(tag, item.further.unwrap_or(0), item.message);
         }
-        if call == Call::Now || (any && instance.is_full.load(SeqCst)) {
+        if call == Call::Now {
             instance.signal.raise();
         }
         Ok(if any { Step::Ready } else { Step::Wait(due) })

@@ -1,6 +1,6 @@
 //! The transport: clients of one cluster.
 
-use crate::client::{KafkaContext, Link};
+use crate::client::{KafkaContext, Link, Refusal};
 use crate::config::KafkaConfig;
 use crate::dead_letters::KafkaDeadLetters;
 use crate::error::{NAME, client as failed, closed, error};
@@ -119,8 +119,10 @@ impl KafkaTransport {
 impl Catalog {
     /// Whether a broker answers. Blocks.
     fn answers(&self, timeout: Duration) -> Result<()> {
+        // Who logs in by token is given it there.
+        while self.lookup.poll(Duration::ZERO).is_some() {}
         let answer = self.lookup.fetch_metadata(Some(&self.names.reader()), timeout);
-        // What the client tells of its troubles waits there.
+        // What the client tells of its troubles waits there too.
         while self.lookup.poll(Duration::ZERO).is_some() {}
         answer.map(drop).map_err(|e| failed("no broker can be reached", e))
     }
@@ -129,7 +131,8 @@ impl Catalog {
 /// Why nobody has answered.
 fn not_connected(link: &Link, unreachable: Error) -> Error {
     match link.denied() {
-        Some(why) => error(ErrorKind::Denied, format!("the credentials were refused: {why}")),
+        Some((Refusal::Login, why)) => error(ErrorKind::Denied, format!("the credentials were refused: {why}")),
+        Some((Refusal::Tls, why)) => error(ErrorKind::Connection, format!("no TLS: {why}")),
         None if link.is_up() => error(ErrorKind::Timeout, "no broker has answered in time").with_source(unreachable),
         None => unreachable,
     }

@@ -153,21 +153,22 @@ impl Parts {
 impl Decoder {
     /// What was sent, by this SDK or by any other client; what is no CloudEvent gets the attributes it lacks.
     pub(crate) fn decode<M: rdkafka::Message>(&mut self, record: &M, origin: &Origin<'_>) -> Decoded {
-        let headers = record.headers();
-        // The client panics at a header name that is not UTF-8.
-        let parts = catch_unwind(AssertUnwindSafe(|| headers.map(|headers| self.parts(headers)).unwrap_or_default()));
+        let mut parts = Parts::default();
+        if let Some(headers) = record.headers() {
+            // The client panics at a header name that is not UTF-8.
+            if catch_unwind(AssertUnwindSafe(|| self.read(&mut parts, headers))).is_err() {
+                parts = Parts::default();
+            }
+        }
         let payload = record.payload().map(Bytes::copy_from_slice).unwrap_or_default();
         let key = record.key().map(Key::from);
-        self.assemble(parts.unwrap_or_default(), (key, payload), origin)
+        self.assemble(parts, (key, payload), origin)
     }
 
-    fn parts<H: rdkafka::message::Headers>(&mut self, headers: &H) -> Parts {
-        let mut parts = Parts::default();
-        for index in 0..headers.count() {
-            let Some(Header { key: name, value }) = headers.try_get(index) else { break };
-            self.take(&mut parts, name, value.unwrap_or_default());
+    fn read<H: rdkafka::message::Headers>(&mut self, parts: &mut Parts, headers: &H) {
+        for Header { key: name, value } in headers.iter() {
+            self.take(parts, name, value.unwrap_or_default());
         }
-        parts
     }
 
     fn take(&mut self, parts: &mut Parts, name: &str, value: &[u8]) {
