@@ -1,6 +1,7 @@
 #![doc = include_str!("../docs.md")]
 
 mod config;
+mod consumers;
 mod dead_letters;
 mod error;
 mod link;
