@@ -4,6 +4,7 @@ mod config;
 mod consumers;
 mod dead_letters;
 mod error;
+mod flights;
 mod link;
 mod members;
 mod names;
