@@ -22,8 +22,8 @@ use tidings_core::{Error, ErrorKind, Message, Result};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// How long an answer may be kept by a message that was sent before it and has none, and a confirm that came with another
-/// message's return: its own may be on the way.
+/// How long an answer may be kept by a message that was sent before it and has none, if few are under way, and a confirm that
+/// came with another message's return: its own may be on the way.
 const GLANCE: Duration = Duration::from_millis(5);
 /// How often a channel is looked at on which nothing happens, and what waits for one for what nobody waits for any more.
 const SWEEP: Duration = Duration::from_millis(250);
@@ -255,6 +255,11 @@ fn hand_over(channel: &mpsc::UnboundedSender<Box<Post>>, post: Box<Post>) {
     }
 }
 
+/// When to look again for what has landed behind the first: a look asks all that fly.
+fn glance(flying: usize) -> Duration {
+    GLANCE * u32::try_from(1 + flying / 64).unwrap_or(u32::MAX)
+}
+
 /// A delay in steps of the chain, never less than asked for.
 fn steps(delay: Duration) -> u64 {
     u64::try_from(delay.as_micros().div_ceil(u128::from(STEP_MS) * 1000)).unwrap_or(u64::MAX)
@@ -391,7 +396,8 @@ impl Owner {
                         drop(timeout(LANDING, channel.close(200, "no confirms".into())).await);
                         break;
                     }
-                    look.as_mut().reset(now + if flies || !self.doubted.is_empty() { GLANCE } else { SWEEP });
+                    let busy = flies || !self.doubted.is_empty();
+                    look.as_mut().reset(now + if busy { glance(flights.len()) } else { SWEEP });
                 }
             }
         }
