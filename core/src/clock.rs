@@ -1,6 +1,6 @@
 //! Wall-clock time that a test can stop.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// Where the time of day comes from: the system, or the (pausable) timer of tokio.
@@ -41,13 +41,48 @@ pub fn to_rfc3339(time: SystemTime) -> String {
 /// Reads a time as RFC 3339; `None` if it is not one.
 #[must_use]
 pub fn from_rfc3339(text: &str) -> Option<SystemTime> {
+    usual(text.as_bytes()).or_else(|| any(text))
+}
+
+fn any(text: &str) -> Option<SystemTime> {
     text.parse::<jiff::Timestamp>().ok().and_then(|time| SystemTime::try_from(time).ok())
+}
+
+/// What almost every message has twice, `2026-11-24T08:27:18.000001Z`, read for a sixth of the price; `None` for all else.
+fn usual(text: &[u8]) -> Option<SystemTime> {
+    const LENGTHS: [u64; 12] = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let (start, fraction) = text.strip_suffix(b"Z")?.split_first_chunk::<19>()?;
+    let [y0, y1, y2, y3, b'-', m0, m1, b'-', d0, d1, b'T', h0, h1, b':', n0, n1, b':', s0, s1] = *start else {
+        return None;
+    };
+    let (year, month, day) = (number(&[y0, y1, y2, y3])?, number(&[m0, m1])?, number(&[d0, d1])?);
+    let (hour, minute, second) = (number(&[h0, h1])?, number(&[n0, n1])?, number(&[s0, s1])?);
+    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let before = LENGTHS.get(..usize::try_from(month.checked_sub(1)?).ok()?)?;
+    let length = *LENGTHS.get(before.len())? + u64::from(month == 2 && is_leap(year));
+    // What jiff can hold ends a day before the year 9999 does.
+    if !(1970..9999).contains(&year) || day == 0 || day > length || hour > 23 || minute > 59 || second > 59 {
+        return None;
+    }
+    // As many leap days as there were before this year, of which 477 were before 1970.
+    let leaps = (year - 1) / 4 - (year - 1) / 100 + (year - 1) / 400 - 477 + u64::from(month > 2 && is_leap(year));
+    let days = (year - 1970) * 365 + leaps + before.iter().sum::<u64>() + day - 1;
+    let nanos = match fraction {
+        [] => 0,
+        [b'.', digits @ ..] if matches!(digits.len(), 1..=9) => number(digits)? * 10_u64.pow(9 - digits.len() as u32),
+        _ => return None,
+    };
+    let seconds = ((days * 24 + hour) * 60 + minute) * 60 + second;
+    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_nanos(nanos))
+}
+
+fn number(digits: &[u8]) -> Option<u64> {
+    digits.iter().try_fold(0, |number, digit| digit.is_ascii_digit().then(|| number * 10 + u64::from(digit - b'0')))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn times_come_back_to_the_microsecond() {
@@ -55,6 +90,30 @@ mod tests {
         assert_eq!(to_rfc3339(time), "2025-11-24T16:00:00.000001Z");
         assert_eq!(from_rfc3339("2025-11-24T17:00:00.000001+01:00"), Some(time));
         assert_eq!(from_rfc3339("yesterday"), None);
+    }
+
+    #[test]
+    fn the_usual_form_is_read_like_any_other() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut texts: Vec<String> = (0..20_000)
+            .map(|_| {
+                let (y, m, d) = (random.u16(1969..2402), random.u8(0..14), random.u8(0..33));
+                let (h, n, s) = (random.u8(0..25), random.u8(0..61), random.u8(0..61));
+                let fraction = [String::new(), ".".into(), format!(".{}", random.u64(..3_000_000_000))];
+                format!("{y:04}-{m:02}-{d:02}T{h:02}:{n:02}:{s:02}{}Z", fraction[random.usize(..3)])
+            })
+            .collect();
+        for year in [1972, 2000, 2023, 2024, 2100, 9999] {
+            texts.extend(["02-28", "02-29", "02-30", "03-01", "12-31"].map(|day| format!("{year}-{day}T23:59:59.5Z")));
+        }
+        texts.extend(
+            ["", "Z", "2026-11-24T08:27:18", "2026-11-24t08:27:18z", "2026-11-24T08:27:1\u{e4}Z"].map(String::from),
+        );
+        let read = texts.iter().filter(|text| {
+            assert_eq!(from_rfc3339(text), any(text), "{text}");
+            usual(text.as_bytes()).is_some()
+        });
+        assert!(read.count() > 5_000, "the short way was taken");
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@
 mod authority;
 
 use authority::Authority;
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -220,6 +221,18 @@ async fn what_a_user_may_not_do_is_denied_and_says_what_to_grant() {
     let post = (Destination::Topic(Topic::new("test.a").unwrap()), message("x"), None, false);
     let (_, failure) = submit_and_wait(&*clerk.publisher(), &[post]).await.pop().expect("it may not publish");
     assert!(denied(failure.error).contains("write access"));
+    may([".*", &format!("^{}:tidings$", config.namespace), "^$"]);
+    let (name, password) = (user.clone(), "sparrow".into());
+    let (provision, publish_channels) = (Provision::Off, 1);
+    let one = RabbitMqConfig { user: name, password, provision, publish_channels, ..config.clone() };
+    let narrow = RabbitMqTransport::connect(one).await.unwrap();
+    let address = Destination::Subscription(spec().name);
+    let event = || (Destination::Topic(Topic::new("test.a").unwrap()), message("x"), None, false);
+    let posts = [event(), (address, message("x"), None, false), event()];
+    let mut failures: HashMap<_, _> = submit_and_wait(&*narrow.publisher(), &posts).await.into_iter().collect();
+    assert!(denied(failures.remove(&1).expect("it may not publish there").error).contains("_tidings.to"));
+    let other = &failures.get(&2).expect("the channel was closed before it").error;
+    assert!(other.is_transient() && other.kind() == ErrorKind::Connection, "{other:?}");
     assert!(denied(clerk.subscribe(spec()).await.err().expect("it may not read")).contains("read access"));
     remove(&owner, &config).await;
 }
@@ -342,6 +355,27 @@ async fn a_memory_alarm_ends_in_the_deadline_stops_no_ack_and_passes() {
     eventually("what was published since is handled", handled).await;
     let drained = running.drain(PATIENCE).await;
     assert!(drained.abandoned == 0 && drained.flushed.applied > 20, "{drained:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_that_starts_during_a_memory_alarm_is_told_of_it_in_time() {
+    if !is_chosen() {
+        return;
+    }
+    let server = block_in_place(|| Server::start("rabbitmq")).unwrap();
+    let url = format!("{}?timeout_ms=2000", server.url());
+    let start = async |bus: &Bus| {
+        Service::new("billing").state(Arc::new(Semaphore::new(1))).on(wait_at).start(bus).await
+    };
+    ctl(&server, &["set_vm_memory_high_watermark", "absolute", "1MB"]);
+    let begun = Instant::now();
+    let bus = timeout(PATIENCE, Bus::connect(Config::from_url(&url).unwrap())).await.expect("no hang").unwrap();
+    let error = timeout(PATIENCE, start(&bus)).await.expect("no hang").err().expect("it cannot start");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(error.kind() == ErrorKind::Timeout && error.is_transient(), "{error:?}");
+    assert!(error.to_string().contains("takes no publishes"), "{error}");
+    ctl(&server, &["set_vm_memory_high_watermark", "absolute", "1GB"]);
+    eventually("it starts once that is over", || async { start(&bus).await.is_ok() }).await;
 }
 
 // ---- TLS ----

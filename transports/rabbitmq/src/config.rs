@@ -211,6 +211,11 @@ impl RabbitMqConfig {
         Duration::from_millis(self.timeout_ms)
     }
 
+    /// Whether an event of a topic must be taken by a queue.
+    pub(crate) fn requires(&self, topic: &str) -> bool {
+        self.required.iter().any(|name| name == topic)
+    }
+
     /// The largest payload that surely fits, with what is sent beside it.
     pub(crate) fn max_payload(&self) -> usize {
         self.max_message_size

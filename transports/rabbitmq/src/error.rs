@@ -45,6 +45,16 @@ fn reply(failure: &lapin::Error) -> Option<(u16, &str)> {
     }
 }
 
+/// What the server has said to what it denies.
+pub(crate) fn denial(failure: &lapin::Error) -> Option<&str> {
+    reply(failure).filter(|(code, _)| *code == ACCESS_REFUSED).map(|(_, text)| text)
+}
+
+/// The name of an `exchange` or `topic` in what the server has said: `write access to exchange 'tidings' in vhost '/' refused`.
+pub(crate) fn named<'a>(text: &'a str, what: &str) -> Option<&'a str> {
+    text.split_once(&format!("{what} '"))?.1.split('\'').next()
+}
+
 /// Whether something is locked by another connection.
 pub(crate) fn is_locked(failure: &lapin::Error) -> bool {
     reply(failure).is_some_and(|(code, _)| code == RESOURCE_LOCKED)

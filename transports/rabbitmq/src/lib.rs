@@ -1,8 +1,10 @@
 #![doc = include_str!("../docs.md")]
 
 mod config;
+mod consumers;
 mod dead_letters;
 mod error;
+mod flights;
 mod link;
 mod members;
 mod names;

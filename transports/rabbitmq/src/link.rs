@@ -155,7 +155,15 @@ impl Link {
     /// What comes within the configured time.
     pub(crate) async fn within<T>(&self, what: &'static str, answer: impl Future<Output = Result<T>>) -> Result<T> {
         let time = self.line.config.timeout();
-        timeout(time, answer).await.unwrap_or_else(|_| Err(late(what, time)))
+        timeout(time, answer).await.unwrap_or_else(|_| Err(self.too_late(what, time)))
+    }
+
+    /// A server that is short of memory or disk answers nothing, and has said so.
+    fn too_late(&self, what: &'static str, time: Duration) -> Error {
+        let fault = self.line.fault.lock().clone().filter(|_| self.is_blocked());
+        let because =
+            |fault| error(ErrorKind::Timeout, format!("no answer from the server within {time:?}: {what}; {fault}"));
+        fault.map_or_else(|| late(what, time), because)
     }
 
     pub(crate) fn is_closed(&self) -> bool {

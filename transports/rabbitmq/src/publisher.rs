@@ -2,31 +2,30 @@
 //! are given each other's confirms.
 
 use crate::config::RabbitMqConfig;
-use crate::error::{closed, error, failed, late, short, size_limit};
+use crate::error::{closed, denial, error, failed, late, named, short, size_limit};
+use crate::flights::Flights;
 use crate::link::Link;
 use crate::names::{Due, LEVELS, STEP_MS, delayed_key};
 use crate::topology::Topology;
 use crate::wire::{Fnv, encode};
-use bytes::Bytes;
-use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt};
 use lapin::options::BasicPublishOptions;
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hasher;
-use std::pin::Pin;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 use tidings_core::transport::{Destination, Fate, Outgoing, Publisher, Receipt};
-use tidings_core::{Error, ErrorKind, MessageId, Result};
+use tidings_core::{Error, ErrorKind, Message, Result};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, interval, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// How long a confirm waits that came with another message's return: its own may be on the way.
-const SECOND_LOOK: Duration = Duration::from_millis(5);
-/// How often what waits for a connection is looked through for what nobody waits for any more.
+/// How long an answer may be kept by a message that was sent before it and has none, if few are under way, and a confirm that
+/// came with another message's return: its own may be on the way.
+const GLANCE: Duration = Duration::from_millis(5);
+/// How often a channel is looked at on which nothing happens, and what waits for one for what nobody waits for any more.
 const SWEEP: Duration = Duration::from_millis(250);
 
 /// How long the client may take to say that what it had sent on a lost channel has failed.
@@ -58,8 +57,7 @@ struct Post {
     exchange: ShortString,
     key: ShortString,
     properties: BasicProperties,
-    payload: Bytes,
-    id: MessageId,
+    message: Arc<Message>,
     to: To,
     receipt: Receipt,
     _open: Counted,
@@ -67,21 +65,36 @@ struct Post {
 
 /// What it means if no queue takes it.
 enum To {
-    /// Nobody reads the topic; an error only where somebody must.
-    Topic { required: bool },
+    /// Nobody reads the topic, which is no error.
+    Topic,
+    /// Somebody must.
+    Required,
+    /// The delay chain is gone.
+    Delay,
     /// The subscription does not exist.
     Subscription,
     /// The queue is created, once.
     DeadLetter { name: tidings_core::SubscriptionName, created: bool },
 }
 
+/// A message, and the broker's answer.
+type Landed = (Box<Post>, lapin::Result<Confirmation>);
+
 impl Post {
-    /// The properties, which are not needed any more but of dead letters: those are sent again once their queue is there.
-    fn take_properties(&mut self) -> BasicProperties {
-        match self.to {
+    /// Exchange, routing key and properties, of which is kept what is needed again: the key if a return may be the answer,
+    /// the properties of dead letters, which are sent again once their queue is there.
+    fn take_address(&mut self) -> (ShortString, ShortString, BasicProperties) {
+        let key = if self.is_judged() { self.key.clone() } else { std::mem::take(&mut self.key) };
+        let properties = match self.to {
             To::DeadLetter { created: false, .. } => self.properties.clone(),
             _ => std::mem::take(&mut self.properties),
-        }
+        };
+        (std::mem::take(&mut self.exchange), key, properties)
+    }
+
+    /// Whether it must have been taken by a queue.
+    fn is_judged(&self) -> bool {
+        !matches!(self.to, To::Topic)
     }
 }
 
@@ -112,13 +125,11 @@ impl RabbitMqPublisher {
             let owner = Owner {
                 link: Arc::clone(link),
                 topology: Arc::clone(topology),
-                window: config.publish_window,
-                timeout: config.timeout(),
+                config: Arc::clone(config),
                 open: Arc::clone(&open),
                 again: sender.downgrade(),
                 posts,
                 waiting: VecDeque::new(),
-                flying: FuturesUnordered::new(),
                 returned: HashMap::new(),
                 doubted: Vec::new(),
             };
@@ -175,7 +186,7 @@ impl RabbitMqPublisher {
             if matches!(to, To::DeadLetter { .. }) {
                 properties = crate::dead_letters::positioned(properties);
             }
-            if matches!(to, To::Topic { .. }) && (steps > 0 || message.recorded_time.is_none()) {
+            if matches!(destination, Destination::Topic(_)) && (steps > 0 || message.recorded_time.is_none()) {
                 properties = crate::replay::sent(properties, delay.unwrap_or_default());
             }
             Ok((exchange, key, to, properties))
@@ -184,9 +195,8 @@ impl RabbitMqPublisher {
             Ok(routed) => routed,
             Err(error) => return refuse(receipt, error),
         };
-        let (payload, id) = (message.payload.clone(), message.id.clone());
         let post =
-            Box::new(Post { exchange, key, properties, payload, id, to, receipt, _open: Counted::new(&self.0.open) });
+            Box::new(Post { exchange, key, properties, message, to, receipt, _open: Counted::new(&self.0.open) });
         let channel = &self.0.channels[lane as usize % self.0.channels.len()];
         let needed = levels(steps);
         if self.0.topology.has_levels(needed) {
@@ -211,22 +221,16 @@ impl RabbitMqPublisher {
                 format!("a delay of more than {days} days; send it when it is due"),
             ));
         }
-        let delayed = |due| -> Result<_> { Ok((names.delay(levels(steps) - 1)?, short(delayed_key(steps, due))?)) };
+        let delayed =
+            |due| -> Result<_> { Ok((names.delay(levels(steps) - 1)?, short(delayed_key(steps, due))?, To::Delay)) };
         Ok(match destination {
+            Destination::Topic(topic) if steps > 0 => delayed(Due::Topic(topic))?,
             Destination::Topic(topic) => {
-                let required = self.0.config.required.iter().any(|name| name == topic.as_str());
-                let (exchange, key) =
-                    if steps == 0 { (names.topics()?, short(topic.as_str())?) } else { delayed(Due::Topic(topic))? };
-                (exchange, key, To::Topic { required })
+                let to = if self.0.config.requires(topic.as_str()) { To::Required } else { To::Topic };
+                (names.topics()?, short(topic.as_str())?, to)
             }
-            Destination::Subscription(name) => {
-                let (exchange, key) = if steps == 0 {
-                    (names.addresses()?, short(name.as_str())?)
-                } else {
-                    delayed(Due::Subscription(name))?
-                };
-                (exchange, key, To::Subscription)
-            }
+            Destination::Subscription(name) if steps > 0 => delayed(Due::Subscription(name))?,
+            Destination::Subscription(name) => (names.addresses()?, short(name.as_str())?, To::Subscription),
             Destination::DeadLetter(_) if steps > 0 => {
                 let why = "dead letters are not delayed; publish to the subscription's address instead";
                 return Err(error(ErrorKind::Unsupported, why));
@@ -251,6 +255,11 @@ fn hand_over(channel: &mpsc::UnboundedSender<Box<Post>>, post: Box<Post>) {
     }
 }
 
+/// When to look again for what has landed behind the first: a look asks all that fly.
+fn glance(flying: usize) -> Duration {
+    GLANCE * u32::try_from(1 + flying / 64).unwrap_or(u32::MAX)
+}
+
 /// A delay in steps of the chain, never less than asked for.
 fn steps(delay: Duration) -> u64 {
     u64::try_from(delay.as_micros().div_ceil(u128::from(STEP_MS) * 1000)).unwrap_or(u64::MAX)
@@ -262,7 +271,7 @@ fn levels(steps: u64) -> usize {
 }
 
 /// What keeps its order by being on one channel: events of one topic with one key, or with none.
-fn lane(destination: &Destination, message: &tidings_core::Message) -> u64 {
+fn lane(destination: &Destination, message: &Message) -> u64 {
     let mut hash = Fnv::default();
     match destination {
         Destination::Topic(topic) => hash.write(topic.as_str().as_bytes()),
@@ -274,21 +283,17 @@ fn lane(destination: &Destination, message: &tidings_core::Message) -> u64 {
     hash.finish() >> 17
 }
 
-type Flight = Pin<Box<dyn Future<Output = (Box<Post>, lapin::Result<Confirmation>)> + Send>>;
-
 /// The owner of one channel.
 struct Owner {
     link: Arc<Link>,
     topology: Arc<Topology>,
-    window: usize,
-    timeout: Duration,
+    config: Arc<RabbitMqConfig>,
     open: Arc<Open>,
     /// Back to itself, for what has to be prepared first.
     again: mpsc::WeakUnboundedSender<Box<Post>>,
     posts: mpsc::UnboundedReceiver<Box<Post>>,
     /// Taken, but not sent while there is no connection.
     waiting: VecDeque<Box<Post>>,
-    flying: FuturesUnordered<Flight>,
     /// What came back, by id and key: the client hands a return over with whichever confirm comes next.
     returned: HashMap<(String, String), usize>,
     /// Confirmed together with another message's return.
@@ -330,10 +335,10 @@ impl Owner {
         while let Ok(post) = self.posts.try_recv() {
             self.waiting.push_back(post);
         }
-        let too_long = since.elapsed() > self.timeout;
+        let too_long = since.elapsed() > self.config.timeout();
         for post in std::mem::take(&mut self.waiting) {
             if post.receipt.is_abandoned() || too_long {
-                let error = self.link.fault().unwrap_or_else(|| late("a channel", self.timeout));
+                let error = self.link.fault().unwrap_or_else(|| late("a channel", self.config.timeout()));
                 post.receipt.fail(Fate::NotPersisted, error.with_transient(true).with_operation("publish"));
             } else {
                 self.waiting.push_back(post);
@@ -354,125 +359,141 @@ impl Owner {
 
     /// Publishes until the channel fails, or (`false`) until nobody publishes any more.
     async fn publish(&mut self, channel: &Channel) -> bool {
-        let mut taken = Vec::with_capacity(self.window);
-        // What flew when a connection was lost does not always land.
-        let mut look_again = interval(SWEEP);
-        let mut landed_last = Instant::now();
-        loop {
-            if !channel.status().connected() {
-                return self.drain_failed().await;
-            }
+        let (mut flights, mut taken) = (Flights::new(), Vec::new());
+        let mut look = pin!(sleep(SWEEP));
+        let (mut landed, mut landed_last) = (false, Instant::now());
+        while channel.status().connected() {
             let blocked = self.link.is_blocked();
-            if blocked || self.flying.is_empty() {
+            let rested = flights.is_empty();
+            self.send_all(channel, &mut flights, blocked);
+            if rested && !flights.is_empty() {
                 landed_last = Instant::now();
-            } else if landed_last.elapsed() > self.timeout {
-                // The server has forgotten them; on another channel they can be sent again.
-                drop(tokio::time::timeout(LANDING, channel.close(200, "no confirms".into())).await);
-                return self.drain_failed().await;
+                look.as_mut().reset(landed_last + GLANCE);
             }
-            if blocked {
-                self.sweep(Instant::now());
-            }
-            while !blocked && channel.status().connected() && self.flying.len() < self.window {
-                let Some(post) = self.waiting.pop_front() else { break };
-                self.send(channel, post);
-            }
-            let room = if blocked { 0 } else { self.window.saturating_sub(self.flying.len()) };
-            let look = self.doubted.first().map(|(_, until)| *until);
-            let landed = tokio::select! {
+            let room = if blocked { 0 } else { self.config.publish_window.saturating_sub(flights.len()) };
+            tokio::select! {
                 biased;
-                landed = self.flying.next(), if !self.flying.is_empty() => landed,
+                () = flights.first() => {
+                    landed = true;
+                    self.land(&mut flights);
+                }
                 count = self.posts.recv_many(&mut taken, room.min(256)), if room > 0 => {
                     if count == 0 {
-                        self.land(None);
+                        flights.sweep();
+                        self.land(&mut flights);
                         return false;
                     }
                     self.waiting.extend(taken.drain(..));
-                    continue;
                 }
-                _ = look_again.tick() => None,
-                () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => None,
-            };
-            if landed.is_some() {
-                landed_last = Instant::now();
+                () = &mut look => {
+                    let now = Instant::now();
+                    landed |= self.look_around(&mut flights, blocked);
+                    let flies = !blocked && !flights.is_empty();
+                    if std::mem::take(&mut landed) || !flies {
+                        landed_last = now;
+                    } else if landed_last + self.config.timeout() < now {
+                        // The server has forgotten them; on another channel they can be sent again.
+                        drop(timeout(LANDING, channel.close(200, "no confirms".into())).await);
+                        break;
+                    }
+                    let busy = flies || !self.doubted.is_empty();
+                    look.as_mut().reset(now + if busy { glance(flights.len()) } else { SWEEP });
+                }
             }
-            self.land(landed);
         }
-    }
-
-    /// All that fly on a channel that has failed fail with it.
-    async fn drain_failed(&mut self) -> bool {
-        while let Ok(Some(landed)) = tokio::time::timeout(LANDING, self.flying.next()).await {
-            self.land(Some(landed));
-        }
-        self.flying.clear();
-        self.returned.clear();
-        self.doubted.drain(..).for_each(|(post, _)| post.receipt.confirm());
+        self.drain_failed(flights).await;
         true
     }
 
+    fn send_all<'c>(&mut self, channel: &'c Channel, flights: &mut Flights<'c, Landed>, blocked: bool) {
+        while !blocked && channel.status().connected() && flights.len() < self.config.publish_window {
+            let Some(post) = self.waiting.pop_front() else { break };
+            self.send(channel, flights, post);
+        }
+    }
+
     /// Queues the frames, in the order of the calls, and leaves the confirm to come.
-    fn send(&mut self, channel: &Channel, mut post: Box<Post>) {
+    fn send<'c>(&self, channel: &'c Channel, flights: &mut Flights<'c, Landed>, post: Box<Post>) {
         if post.receipt.is_abandoned() {
-            let error = late("a place on the channel", self.timeout);
+            let error = late("a place on the channel", self.config.timeout());
             return post.receipt.fail(Fate::NotPersisted, error.with_operation("publish"));
         }
-        let properties = post.take_properties();
-        let channel = channel.clone();
-        let mut flight: Flight = Box::pin(async move {
-            let options = BasicPublishOptions { mandatory: true, immediate: false };
-            let (exchange, key) = (std::mem::take(&mut post.exchange), post.key.clone());
-            let sent = channel.basic_publish(exchange, key, options, &post.payload, properties).await;
-            let confirmed = match sent {
-                Ok(confirm) => confirm.await,
-                Err(failure) => Err(failure),
-            };
-            (post, confirmed)
-        });
-        match flight.as_mut().now_or_never() {
+        match flights.begin(fly(channel, post)) {
             // It never left: core sends it again.
             Some((post, Err(failure))) => {
                 post.receipt.fail(Fate::NotPersisted, failed(failure).with_transient(true).with_operation("publish"));
             }
-            Some((post, Ok(confirmation))) => self.flying.push(Box::pin(async { (post, Ok(confirmation)) })),
-            None => self.flying.push(flight),
+            landed => flights.landed.extend(landed),
         }
     }
 
-    /// Answers for all that have landed: first all returns are collected, then each confirm is judged.
-    fn land(&mut self, first: Option<(Box<Post>, lapin::Result<Confirmation>)>) {
-        let mut landed: Vec<_> = first.into_iter().collect();
-        while let Some(Some(next)) = self.flying.next().now_or_never() {
-            landed.push(next);
+    /// Answers for what has landed behind one that has not, and takes in what waits while nothing can be sent. Whether any
+    /// has landed.
+    fn look_around(&mut self, flights: &mut Flights<'_, Landed>, blocked: bool) -> bool {
+        flights.sweep();
+        let landed = !flights.landed.is_empty();
+        self.land(flights);
+        if blocked {
+            self.sweep(Instant::now());
         }
-        let mut judged = Vec::with_capacity(landed.len());
-        for (post, confirmation) in landed {
-            match confirmation {
-                Err(failure) => fail(post, failure),
+        landed
+    }
+
+    /// All that fly on a channel that has failed fail with it.
+    async fn drain_failed(&mut self, mut flights: Flights<'_, Landed>) {
+        while !flights.is_empty() && timeout(LANDING, flights.first()).await.is_ok() {
+            self.land(&mut flights);
+        }
+        flights.sweep();
+        self.land(&mut flights);
+        self.returned.clear();
+        self.doubted.drain(..).for_each(|(post, _)| post.receipt.confirm());
+    }
+
+    /// Answers for all that have landed. Where a return can be the answer, all that have come are collected first.
+    fn land(&mut self, flights: &mut Flights<'_, Landed>) {
+        if !self.doubted.is_empty() || flights.landed.iter().any(|(post, _)| post.is_judged()) {
+            flights.sweep();
+        }
+        let mut judged = Vec::new();
+        for (post, confirmation) in flights.landed.drain(..) {
+            let doubtful = match confirmation {
+                Err(failure) => {
+                    self.fail(post, failure);
+                    continue;
+                }
                 Ok(Confirmation::Nack(returned)) => {
                     self.note(returned);
                     let error = error(ErrorKind::Full, "the queue did not take it").with_operation("publish");
                     post.receipt.fail(Fate::NotPersisted, error);
+                    continue;
                 }
-                Ok(Confirmation::Ack(returned)) => {
-                    let doubtful = returned.is_some();
-                    self.note(returned);
-                    judged.push((post, doubtful));
-                }
-                Ok(Confirmation::NotRequested) => judged.push((post, false)),
-            }
+                Ok(confirmation) => self.note(confirmation.take_message()),
+            };
+            if post.is_judged() { judged.push((post, doubtful)) } else { post.receipt.confirm() }
         }
         self.judge(judged);
     }
 
-    fn note(&mut self, returned: Option<lapin::message::BasicReturnMessage>) {
-        if let Some(returned) = returned {
-            let id = returned.properties.message_id().as_ref().map_or("", |id| id.as_str()).to_owned();
-            *self.returned.entry((id, returned.routing_key.to_string())).or_default() += 1;
+    /// Whether anything came back, of whatever was sent.
+    fn note(&mut self, returned: Option<lapin::message::BasicReturnMessage>) -> bool {
+        let Some(returned) = returned else { return false };
+        let (exchange, key) = (&returned.exchange, returned.routing_key.as_str());
+        let is_event = self.topology.names.topics().is_ok_and(|topics| topics == *exchange);
+        if is_event && !self.config.requires(key) {
+            self.open.unrouted.fetch_add(1, SeqCst);
+            tracing::debug!(topic = key, "rabbitmq: nobody has subscribed to what was published");
+            return true;
         }
+        let id = returned.properties.message_id().as_ref().map_or("", |id| id.as_str()).to_owned();
+        *self.returned.entry((id, key.to_owned())).or_default() += 1;
+        true
     }
 
     fn judge(&mut self, judged: Vec<(Box<Post>, bool)>) {
+        if judged.is_empty() && self.doubted.is_empty() {
+            return;
+        }
         let now = Instant::now();
         let doubted = std::mem::take(&mut self.doubted);
         for (post, until) in doubted {
@@ -485,7 +506,7 @@ impl Owner {
         for (post, doubtful) in judged {
             match self.came_back(&post) {
                 true => self.unroutable(post),
-                false if doubtful => self.doubted.push((post, now + SECOND_LOOK)),
+                false if doubtful => self.doubted.push((post, now + GLANCE)),
                 false => post.receipt.confirm(),
             }
         }
@@ -495,7 +516,7 @@ impl Owner {
         if self.returned.is_empty() {
             return false;
         }
-        let place = (post.id.to_string(), post.key.to_string());
+        let place = (post.message.id.to_string(), post.key.to_string());
         let Some(count) = self.returned.get_mut(&place) else { return false };
         *count -= 1;
         if *count == 0 {
@@ -504,18 +525,45 @@ impl Owner {
         true
     }
 
+    /// The channel or the connection is gone, and with it the answer.
+    fn fail(&self, post: Box<Post>, failure: lapin::Error) {
+        let size = post.message.payload.len();
+        if let Some(limit) = size_limit(&failure).filter(|limit| size > *limit) {
+            let why = format!("a payload of {size} bytes, the server takes {limit}; set `max_message_size`");
+            return post.receipt.fail(Fate::NotPersisted, error(ErrorKind::TooLarge, why).with_operation("publish"));
+        }
+        let error = match denial(&failure) {
+            Some(text) if self.is_meant(&post, text) => failed(failure).with_transient(false),
+            Some(_) => {
+                let why = "the server closed the channel over another message, to which it denies access";
+                error(ErrorKind::Connection, why).with_source(failure).with_transient(true)
+            }
+            None => failed(failure).with_transient(true),
+        };
+        post.receipt.fail(Fate::PossiblyPersisted, error.with_operation("publish"));
+    }
+
+    /// Whether a denial is about what this message goes to: all that is on a channel fails with it.
+    fn is_meant(&self, post: &Post, denial: &str) -> bool {
+        let names = &self.topology.names;
+        let Some(exchange) = named(denial, "exchange") else { return true };
+        let is = |name: Result<ShortString>| name.is_ok_and(|name| name.as_str() == exchange);
+        let goes_there = match post.to {
+            To::Topic | To::Required => is(names.topics()),
+            To::Delay => (0..LEVELS).any(|level| is(names.delay(level))),
+            To::Subscription => is(names.addresses()),
+            To::DeadLetter { .. } => exchange == "amq.default",
+        };
+        let key = if post.key.as_str().is_empty() { post.message.topic.as_str() } else { post.key.as_str() };
+        goes_there && named(denial, "topic").is_none_or(|topic| topic == key)
+    }
+
     /// No queue took it.
     fn unroutable(&mut self, mut post: Box<Post>) {
         match &mut post.to {
-            To::Topic { required: false } => {
-                self.open.unrouted.fetch_add(1, SeqCst);
-                tracing::debug!(topic = %post.key, "rabbitmq: nobody has subscribed to what was published");
-                post.receipt.confirm();
-            }
-            To::Topic { required: true } => {
-                let why = "nobody has subscribed to the topic, which is configured as required";
-                refuse(post, ErrorKind::NotFound, why);
-            }
+            To::Topic => post.receipt.confirm(),
+            To::Required => refuse(post, "nobody has subscribed to the topic, which is configured as required"),
+            To::Delay => refuse(post, "the queues of delayed messages were deleted; connect again"),
             To::DeadLetter { name, created } if !*created => {
                 *created = true;
                 let (topology, name, again) = (Arc::clone(&self.topology), name.clone(), self.again.clone());
@@ -527,29 +575,26 @@ impl Owner {
                     }
                 });
             }
-            To::DeadLetter { .. } => refuse(post, ErrorKind::NotFound, "the queue of the dead letters does not exist"),
-            To::Subscription => {
-                refuse(post, ErrorKind::NotFound, "the subscription does not exist; subscribe or provision it first");
-            }
+            To::DeadLetter { .. } => refuse(post, "the queue of the dead letters does not exist"),
+            To::Subscription => refuse(post, "the subscription does not exist; subscribe or provision it first"),
         }
     }
 }
 
-fn refuse(post: Box<Post>, kind: ErrorKind, why: &'static str) {
-    let error = error(kind, why).with_context("key", &post.key).with_operation("publish");
-    post.receipt.fail(Fate::NotPersisted, error);
+async fn fly(channel: &Channel, mut post: Box<Post>) -> Landed {
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    let (exchange, key, properties) = post.take_address();
+    let sent = channel.basic_publish(exchange, key, options, &post.message.payload, properties).await;
+    let confirmed = match sent {
+        Ok(confirm) => confirm.await,
+        Err(failure) => Err(failure),
+    };
+    (post, confirmed)
 }
 
-/// The channel or the connection is gone, and with it the answer.
-fn fail(post: Box<Post>, failure: lapin::Error) {
-    if let Some(limit) = size_limit(&failure).filter(|limit| post.payload.len() > *limit) {
-        let why =
-            format!("a payload of {} bytes, the server takes {limit}; set `max_message_size`", post.payload.len());
-        return post.receipt.fail(Fate::NotPersisted, error(ErrorKind::TooLarge, why).with_operation("publish"));
-    }
-    let denied = matches!(failed(failure.clone()).kind(), ErrorKind::Denied);
-    let error = failed(failure).with_transient(!denied).with_operation("publish");
-    post.receipt.fail(Fate::PossiblyPersisted, error);
+fn refuse(post: Box<Post>, why: &'static str) {
+    let error = error(ErrorKind::NotFound, why).with_context("key", &post.key).with_operation("publish");
+    post.receipt.fail(Fate::NotPersisted, error);
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Reads the queues of a subscription into its window and writes its settlements: the one owner of its channel, which it
 //! makes anew whenever it is lost.
 
+use crate::consumers::{Came, Consumers};
 use crate::error::{error, failed};
 use crate::link::{Link, Outages};
 use crate::members::{GREETING, Greeting, Members};
@@ -9,8 +10,7 @@ use crate::subscription::Close;
 use crate::topology::{Queues, Topology};
 use crate::window::Item;
 use crate::wire::{Received, count, decode};
-use futures_util::FutureExt;
-use futures_util::stream::{BoxStream, SelectAll, StreamExt};
+use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicPublishOptions, BasicQosOptions,
@@ -50,13 +50,10 @@ pub(crate) struct Reader {
     pub(crate) desk: Arc<Desk>,
 }
 
-/// One delivery of one consumer; `None` at its end. The number tells a consumer from the one that takes its place.
-type Came = (usize, u32, Option<lapin::Result<Delivery>>);
-
 /// An open channel with its consumers.
 pub(crate) struct Session {
     pub(crate) channel: Channel,
-    consumers: Option<SelectAll<BoxStream<'static, Came>>>,
+    consumers: Option<Consumers>,
     /// By slot, which consumer is the current one.
     current: Vec<u32>,
     acks: Acks,
@@ -176,7 +173,7 @@ impl Reader {
         let prefetch = u16::try_from(each).unwrap_or(u16::MAX);
         let mut session = Session {
             channel,
-            consumers: Some(SelectAll::new()),
+            consumers: Some(Consumers::default()),
             current: vec![0; self.queues.len()],
             acks: Acks::default(),
             prefetch: u64::from(prefetch) * self.queues.len() as u64,
@@ -208,10 +205,8 @@ impl Reader {
         let (queue, tag) = (self.queues[slot].clone(), tag_of(slot, number)?);
         let options = BasicConsumeOptions::default();
         let consumer = session.channel.basic_consume(queue, tag, options, arguments).await.map_err(failed)?;
-        let came = consumer.map(move |came| (slot, number, Some(came)));
-        let ended = futures_util::stream::once(async move { (slot, number, None) });
         if let Some(consumers) = &mut session.consumers {
-            consumers.push(came.chain(ended).boxed());
+            consumers.push(slot, number, consumer);
         }
         Ok(())
     }
@@ -268,9 +263,9 @@ impl Reader {
     }
 
     /// Takes in what has come, and what else has come meanwhile.
-    fn take_in(&self, session: &mut Session, first: Option<Came>) -> Result<()> {
+    fn take_in(&self, session: &mut Session, first: Came) -> Result<()> {
         let (mut items, mut result) = (Vec::new(), Ok(()));
-        let mut next_one = first;
+        let mut next_one = Some(first);
         while let Some((slot, number, came)) = next_one {
             match came {
                 Some(Ok(delivery)) => items.push(item(slot, delivery)),
@@ -285,11 +280,16 @@ impl Reader {
             if result.is_err() || items.len() >= BATCH {
                 break;
             }
-            next_one = next(&mut session.consumers).now_or_never().flatten();
+            next_one = next(&mut session.consumers).now_or_never();
+        }
+        if let Some(consumers) = &mut session.consumers {
+            consumers.turn();
         }
         for item in &items {
             session.acks.came(item.tag);
-            session.due.remove(&(item.slot as usize));
+            if !session.due.is_empty() {
+                session.due.remove(&(item.slot as usize));
+            }
         }
         let mut window = self.desk.window.lock();
         for item in items {
@@ -364,7 +364,7 @@ impl Reader {
                     session.channel.basic_consume(queue.clone(), tag, options, arguments).await.map_err(failed)?;
                 if let Some(consumers) = &mut session.consumers {
                     // Kept like the others: dropped, it would be cancelled.
-                    consumers.push(last.map(move |came| (slot, u32::MAX, Some(came))).boxed());
+                    consumers.push(slot, u32::MAX, last);
                 }
             } else {
                 let tag = tag_of(slot, session.current[slot])?;
@@ -435,8 +435,8 @@ impl Reader {
 
     /// Takes in what has come, without waiting for more.
     fn take_in_all(&self, session: &mut Session) -> Result<()> {
-        while let Some(Some(came)) = next(&mut session.consumers).now_or_never() {
-            self.take_in(session, Some(came))?;
+        while let Some(came) = next(&mut session.consumers).now_or_never() {
+            self.take_in(session, came)?;
         }
         Ok(())
     }
@@ -501,10 +501,10 @@ fn answer(close: Option<Close>) {
 }
 
 /// The next of what has come. Without consumers it never does.
-async fn next(consumers: &mut Option<SelectAll<BoxStream<'static, Came>>>) -> Option<Came> {
+async fn next(consumers: &mut Option<Consumers>) -> Came {
     match consumers {
-        Some(consumers) if !consumers.is_empty() => consumers.next().await,
-        _ => std::future::pending().await,
+        Some(consumers) => consumers.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -521,7 +521,7 @@ fn item(slot: usize, delivery: Delivery) -> Item {
     let received =
         Received { routing_key: delivery.routing_key.into(), properties: delivery.properties, data: delivery.data };
     Item {
-        message: decode(received),
+        message: decode(received).into(),
         slot: u32::try_from(slot).unwrap_or(u32::MAX),
         tag: delivery.delivery_tag,
         redelivered: delivery.redelivered,

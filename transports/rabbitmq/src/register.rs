@@ -14,10 +14,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use tidings_core::transport::{Ordering, Start, SubscriptionSpec, TopicSpec};
 use tidings_core::{Backoff, ErrorKind, Result, Topic, TopicPattern};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 /// Between tries to get a lock that another instance holds.
 const TAKEN: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(200));
+
+/// How long freeing a lock may take.
+const FREED: Duration = Duration::from_secs(1);
 
 /// Everything that was created in a namespace.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -143,8 +146,9 @@ impl Lock {
 
     /// Frees it; when this returns, another may have it.
     pub(crate) async fn free(self) {
-        // It goes with the channel if this fails.
-        let _ = self.channel.queue_delete(self.queue.clone(), QueueDeleteOptions::default()).await;
+        // It goes with the channel if this fails, or is not answered: a server that is short of memory answers nothing.
+        let freed = self.channel.queue_delete(self.queue.clone(), QueueDeleteOptions::default());
+        let _ = timeout(FREED, freed).await;
     }
 }
 

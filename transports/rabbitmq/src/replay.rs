@@ -280,7 +280,7 @@ impl Replay {
         let received =
             Received { routing_key: delivery.routing_key.into(), properties: delivery.properties, data: delivery.data };
         let slot = u32::try_from(n).unwrap_or(u32::MAX);
-        let item = Item { message: decode(received), slot, tag, redelivered: false, hand_outs: 0 };
+        let item = Item { message: decode(received).into(), slot, tag, redelivered: false, hand_outs: 0 };
         self.desk.window.lock().push(offset, item);
     }
 

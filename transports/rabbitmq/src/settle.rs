@@ -2,7 +2,7 @@
 
 use crate::window::{LINGER, Told, Window};
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use tidings_core::transport::{Lease, Settle, Settlement, Tag};
 use tokio::sync::Notify;
@@ -51,85 +51,110 @@ pub(crate) enum Frame {
 /// covers no tag that was not seen.
 #[derive(Debug, Default)]
 pub(crate) struct Acks {
-    /// All tags up to this one have come.
-    all_came: u64,
-    /// Those beyond it that have.
-    beyond: BTreeSet<u64>,
-    /// Came and not settled.
-    unsettled: BTreeSet<u64>,
-    /// Acked and not written, with when that was.
-    open: BTreeMap<u64, Instant>,
+    /// All tags up to this one are settled.
+    settled: u64,
+    /// What is known of those beyond, one by one.
+    beyond: VecDeque<Known>,
+    /// Acked, with when that was; some of them are written since.
+    acked: VecDeque<(u64, Instant)>,
+    /// How many are acked and not written.
+    open: u64,
     /// How many were written, of those that came.
     written: u64,
     came: u64,
 }
 
+/// What is known of a tag.
+#[derive(Clone, Copy, Debug)]
+enum Known {
+    Nothing,
+    Came,
+    /// And not written.
+    Acked,
+    Settled,
+}
+
+/// Servers count tags one by one, and have less than this open. One that is further off is acked by itself.
+const FAR: u64 = 1 << 24;
+
 impl Acks {
     /// A delivery has come.
     pub(crate) fn came(&mut self, tag: u64) {
         self.came += 1;
-        self.unsettled.insert(tag);
-        self.passed(tag);
+        self.set(tag, Known::Came);
     }
 
     /// A delivery has come that needs no settlement.
     pub(crate) fn passed(&mut self, tag: u64) {
-        self.beyond.insert(tag);
-        while self.beyond.first() == Some(&(self.all_came + 1)) {
-            self.beyond.pop_first();
-            self.all_came += 1;
-        }
+        self.set(tag, Known::Settled);
     }
 
-    /// The last tag up to which everything has come and is settled.
-    fn prefix(&self) -> u64 {
-        self.unsettled.first().map_or(self.all_came, |first| self.all_came.min(first.saturating_sub(1)))
+    fn set(&mut self, tag: u64, known: Known) {
+        let Some(index) = tag.checked_sub(self.settled + 1).filter(|index| *index < FAR) else { return };
+        // Below FAR, which fits.
+        let index = index as usize;
+        if index >= self.beyond.len() {
+            self.beyond.resize(index + 1, Known::Nothing);
+        }
+        self.beyond[index] = known;
     }
 
     /// The frames to write now; all that is open if `flush`.
     pub(crate) fn frames(&mut self, told: impl IntoIterator<Item = Told>, now: Instant, flush: bool) -> Vec<Frame> {
         let mut frames = Vec::new();
         for told in told {
-            let tag = match told {
+            let (tag, frame) = match told {
                 Told::Ack(tag) => {
-                    self.open.insert(tag, now);
-                    tag
+                    self.set(tag, Known::Acked);
+                    self.acked.push_back((tag, now));
+                    self.open += 1;
+                    continue;
                 }
-                Told::Nack(tag) => {
-                    frames.push(Frame::Nack(tag));
-                    tag
-                }
-                Told::Reject(tag) => {
-                    frames.push(Frame::Reject(tag));
-                    tag
-                }
+                Told::Nack(tag) => (tag, Frame::Nack(tag)),
+                Told::Reject(tag) => (tag, Frame::Reject(tag)),
             };
-            self.unsettled.remove(&tag);
-        }
-        self.written += frames.len() as u64;
-        let beyond = self.open.split_off(&(self.prefix() + 1));
-        let within = std::mem::replace(&mut self.open, beyond);
-        // The last that is open, because a multiple ack must name one that is.
-        frames.extend(within.keys().next_back().map(|tag| Frame::Ack { tag: *tag, multiple: within.len() > 1 }));
-        self.written += within.len() as u64;
-        let due = |at: &Instant| flush || *at + LINGER <= now;
-        let singles: Vec<_> = self.open.iter().filter(|(_, at)| due(at)).map(|(tag, _)| *tag).collect();
-        for tag in singles {
-            self.open.remove(&tag);
+            self.set(tag, Known::Settled);
             self.written += 1;
-            frames.push(Frame::Ack { tag, multiple: false });
+            frames.push(frame);
+        }
+        frames.extend(self.prefix());
+        while let Some((tag, _)) = self.acked.front().copied().filter(|(_, at)| flush || *at + LINGER <= now) {
+            self.acked.pop_front();
+            if tag > self.settled {
+                self.set(tag, Known::Settled);
+                (self.open, self.written) = (self.open - 1, self.written + 1);
+                frames.push(Frame::Ack { tag, multiple: false });
+            }
         }
         frames
     }
 
+    /// One ack for all that has nothing unsettled before it. It names the last that is open, because it must name one that is.
+    fn prefix(&mut self) -> Option<Frame> {
+        let (mut last, mut count) = (None, 0);
+        while let Some(known @ (Known::Acked | Known::Settled)) = self.beyond.front() {
+            self.settled += 1;
+            if matches!(known, Known::Acked) {
+                (last, count) = (Some(self.settled), count + 1);
+            }
+            self.beyond.pop_front();
+        }
+        self.open -= count;
+        self.written += count;
+        while self.acked.front().is_some_and(|(tag, _)| *tag <= self.settled) {
+            self.acked.pop_front();
+        }
+        last.map(|tag| Frame::Ack { tag, multiple: count > 1 })
+    }
+
     /// When what waits for a gap to close is written anyway.
     pub(crate) fn next_due(&self) -> Option<Instant> {
-        self.open.values().min().map(|at| *at + LINGER)
+        self.acked.front().map(|(_, at)| *at + LINGER)
     }
 
     /// How many that are settled were not written.
     pub(crate) fn open(&self) -> u64 {
-        self.open.len() as u64
+        self.open
     }
 
     pub(crate) fn written(&self) -> u64 {

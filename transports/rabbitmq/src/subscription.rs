@@ -57,7 +57,7 @@ impl Subscription for RabbitMqSubscription {
             let Some((place, item)) = window.next() else { break };
             let tag = Tag { epoch, seq: number(place) };
             out.deliveries.push(Delivery {
-                message: item.message.into(),
+                message: item.message,
                 position: place.0,
                 slot: place.1,
                 redelivered: item.redelivered,

@@ -1,6 +1,8 @@
 //! What one instance has been sent and not settled: what is ready, held, out. Pure data, no tasks.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use foldhash::fast::RandomState;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 use tidings_core::transport::{Flushed, Notice, Settlement, Tag};
@@ -25,7 +27,7 @@ pub(crate) type Place = (u64, u32);
 /// A message as it came.
 #[derive(Clone, Debug)]
 pub(crate) struct Item {
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     pub(crate) slot: u32,
     /// The delivery tag, on the channel of this epoch.
     pub(crate) tag: u64,
@@ -59,13 +61,14 @@ pub(crate) struct Window {
     next_position: u64,
     /// Where messages stood that may be sent again.
     remembered: HashMap<Identity, BTreeSet<Place>>,
-    ready: BTreeMap<Place, Item>,
+    /// In order; what comes for the first time goes to the end.
+    ready: VecDeque<(Place, Item)>,
     /// Lanes whose first message is not due yet; with when each is, by place.
     lanes: HashMap<Lane, BTreeMap<Place, (Item, Option<Instant>)>>,
     /// Given back, and due one by one.
     delayed: BTreeMap<(Instant, Place), Item>,
     due_lanes: BTreeSet<(Instant, Place)>,
-    out: HashMap<Place, Item>,
+    out: HashMap<Place, Item, RandomState>,
     /// How many were handed out whose settlement was not written yet.
     unsettled: usize,
     /// For the channel.
@@ -172,7 +175,15 @@ impl Window {
                 return;
             }
         }
-        self.ready.insert(place, item);
+        self.queue(place, item);
+    }
+
+    fn queue(&mut self, place: Place, item: Item) {
+        if self.ready.back().is_none_or(|(last, _)| *last < place) {
+            return self.ready.push_back((place, item));
+        }
+        let at = self.ready.partition_point(|(other, _)| *other < place);
+        self.ready.insert(at, (place, item));
     }
 
     /// The next to be handed out, if one may be.
@@ -180,7 +191,7 @@ impl Window {
         if self.unsettled >= self.max {
             return None;
         }
-        let (place, mut item) = self.ready.pop_first()?;
+        let (place, mut item) = self.ready.pop_front()?;
         item.hand_outs = item.hand_outs.saturating_add(1);
         self.unsettled += 1;
         self.out.insert(place, item.clone());
@@ -264,9 +275,9 @@ impl Window {
     /// Holds a lane until its first message is due: what came later waits behind it.
     fn hold(&mut self, lane: Lane, place: Place, item: Item, due: Instant) {
         let in_lane = |item: &Item| item.message.key.as_ref() == Some(&lane.1) && item.message.topic == lane.0;
-        let behind: Vec<_> =
-            self.ready.range(place..).filter(|(_, item)| in_lane(item)).map(|(place, _)| *place).collect();
-        let behind: Vec<_> = behind.into_iter().filter_map(|place| self.ready.remove_entry(&place)).collect();
+        let is_behind = |(at, item): &(Place, Item)| *at > place && in_lane(item);
+        let (behind, ready): (Vec<_>, _) = std::mem::take(&mut self.ready).into_iter().partition(is_behind);
+        self.ready = ready.into();
         let waiting = self.lanes.entry(lane).or_default();
         waiting.extend(behind.into_iter().map(|(place, item)| (place, (item, None))));
         waiting.insert(place, (item, Some(due)));
@@ -311,7 +322,7 @@ impl Window {
                 self.lanes.insert(lane, waiting);
                 return;
             }
-            self.ready.insert(place, item);
+            self.queue(place, item);
         }
     }
 
@@ -327,7 +338,7 @@ impl Window {
     /// Whether this instance has anything of a slot.
     pub(crate) fn has_of(&self, slot: u32) -> bool {
         let of = |place: &Place| place.1 == slot;
-        self.ready.keys().any(of)
+        self.ready.iter().any(|(place, _)| of(place))
             || self.out.keys().any(of)
             || self.delayed.keys().any(|(_, place)| of(place))
             || self.lanes.values().flat_map(BTreeMap::keys).any(of)
@@ -357,7 +368,7 @@ mod tests {
 
     fn item(id: &str, key: &str, tag: u64) -> Item {
         let message = Message::new(id.into(), "/s", "t", Topic::new("t").unwrap()).with_key(key);
-        Item { message, slot: 0, tag, redelivered: false, hand_outs: 0 }
+        Item { message: message.into(), slot: 0, tag, redelivered: false, hand_outs: 0 }
     }
 
     fn window(ordered: bool, items: &[(&str, &str)]) -> Window {

@@ -7,6 +7,7 @@ use lapin::BasicProperties;
 use lapin::types::{AMQPValue, ByteArray, FieldTable, LongString};
 use std::borrow::Cow;
 use std::hash::Hasher;
+use std::sync::LazyLock;
 use std::time::{Duration, SystemTime};
 use tidings_core::{Clock, ErrorKind, Headers, Key, Message, MessageId, Result, Text, Topic, from_rfc3339, to_rfc3339};
 
@@ -28,6 +29,9 @@ pub(crate) const SENT: &str = "tidings-sent";
 const PERSISTENT: u8 = 2;
 /// Headers and properties travel in one frame of 128 KiB.
 const MAX_HEADERS: usize = 100 * 1024;
+
+/// Made once, because it is part of what each message begins as.
+static NO_ID: LazyLock<MessageId> = LazyLock::new(|| "".into());
 
 /// A message as the client handed it over.
 pub(crate) struct Received {
@@ -68,16 +72,21 @@ fn put_attributes(message: &Message, headers: &mut FieldTable) -> Result<()> {
     if message.version != 1 {
         put("cloudEvents_dataversion", &message.version.to_string())?;
     }
-    let times = [("cloudEvents_time", message.time), ("cloudEvents_recordedtime", message.recorded_time)];
-    for (name, time) in times {
-        time.map_or(Ok(()), |time| put(name, &to_rfc3339(time)))?;
-    }
     let ids =
         [("cloudEvents_correlationid", &message.correlation_id), ("cloudEvents_causationid", &message.causation_id)];
     for (name, id) in ids {
         id.as_ref().map_or(Ok(()), |id| id.with_str(|id| put(name, id)))?;
     }
     message.attributes.iter().try_for_each(|(name, value)| put(&format!("{PREFIX}{name}"), value))?;
+    // Of what is published for the first time both are the same, and to write a time costs.
+    let time = message.time.map(to_rfc3339);
+    let recorded =
+        if message.recorded_time == message.time { time.clone() } else { message.recorded_time.map(to_rfc3339) };
+    for (name, time) in [("cloudEvents_time", time), ("cloudEvents_recordedtime", recorded)] {
+        if let Some(time) = time {
+            headers.insert(short(name)?, AMQPValue::LongString(time.into()));
+        }
+    }
     if let Some(key) = &message.key {
         headers.insert(short(KEY)?, AMQPValue::LongString(LongString::from(key.as_bytes())));
     }
@@ -155,9 +164,11 @@ pub(crate) fn decode(received: Received) -> Message {
     let table = properties.headers().as_ref().unwrap_or(&empty);
     let none = Text::from_static("");
     let topic = topic_of(table, &routing_key);
-    let mut message = Message::new(MessageId::from(""), none.clone(), none, topic);
-    if let Some(content_type) = property(properties.content_type()) {
-        message.content_type = content_type;
+    let mut message = Message::new(NO_ID.clone(), none.clone(), none, topic);
+    if let Some(content_type) =
+        properties.content_type().as_ref().map(|text| clean(text.as_str())).filter(|text| !text.is_empty())
+    {
+        message.content_type = content_type_of(&content_type);
     }
     for (name, value) in table {
         let name = name.as_str();
@@ -197,10 +208,17 @@ fn property(value: &Option<lapin::types::ShortString>) -> Option<Text> {
 
 /// CloudEvents 1.0.2, *Type System*: a String holds no control characters.
 fn clean(text: &str) -> Cow<'_, str> {
-    if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+    // All of them: without a way out in between several are looked at at once.
+    if text.bytes().fold(true, |plain, byte| plain & (b' '..=b'~').contains(&byte)) {
         return text.into();
     }
     text.chars().filter(|c| !c.is_control()).collect()
+}
+
+/// The usual one is not copied each time.
+fn content_type_of(text: &str) -> Text {
+    const USUAL: &str = "application/json";
+    if text == USUAL { Text::from_static(USUAL) } else { text.into() }
 }
 
 fn attribute(header: &str) -> Option<Cow<'_, str>> {
@@ -228,7 +246,7 @@ fn read_attribute(message: &mut Message, name: &str, value: &AMQPValue) {
         "id" => message.id = text.into(),
         "source" => message.source = text.into(),
         "type" => message.event_type = text.into(),
-        "datacontenttype" => message.content_type = text.into(),
+        "datacontenttype" => message.content_type = content_type_of(text),
         "dataversion" => message.version = text.parse().unwrap_or(u32::MAX),
         "time" => message.time = from_rfc3339(text),
         "recordedtime" => message.recorded_time = from_rfc3339(text),
@@ -282,7 +300,10 @@ pub(crate) fn integer(value: &AMQPValue) -> Option<i64> {
 
 /// A header of the broker that holds a count.
 pub(crate) fn count(properties: &BasicProperties, name: &str) -> Option<u64> {
-    let value = properties.headers().as_ref()?.inner().get(name)?;
+    let table = properties.headers().as_ref()?.inner();
+    // Mostly it is not there and sorts behind all that is, which one comparison tells.
+    let (last, _) = table.last_key_value()?;
+    let value = (last.as_str() >= name).then(|| table.get(name))??;
     integer(value).and_then(|count| u64::try_from(count).ok())
 }
 
