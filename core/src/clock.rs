@@ -33,9 +33,42 @@ impl Clock {
 /// A time as RFC 3339 with microseconds, in UTC: `2026-11-24T08:27:18.000001Z`.
 #[must_use]
 pub fn to_rfc3339(time: SystemTime) -> String {
+    usual_text(time).unwrap_or_else(|| any_text(time))
+}
+
+fn any_text(time: SystemTime) -> String {
     let format = |t: jiff::Timestamp| format!("{t:.6}");
     // What jiff cannot hold lies beyond the year 9999.
     jiff::Timestamp::try_from(time).map_or_else(|_| format(jiff::Timestamp::MAX), format)
+}
+
+/// What each message is written with, for a fifth of the price; `None` before 1970 and from the year 9999 on.
+fn usual_text(time: SystemTime) -> Option<String> {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // The Gregorian calendar repeats after 400 years of 146,097 days; years begin in March, so that leap days end them.
+    let (era, of_era) = ((days + 719_468) / 146_097, (days + 719_468) % 146_097);
+    let of_era_years = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * of_era_years + of_era_years / 4 - of_era_years / 100);
+    let since_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * since_march + 2) / 5 + 1;
+    let month = if since_march < 10 { since_march + 3 } else { since_march - 9 };
+    let year = era * 400 + of_era_years + u64::from(month <= 2);
+    let mut text = *b"0000-00-00T00:00:00.000000Z";
+    let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
+    let parts = [(0..4, year), (5..7, month), (8..10, day), (11..13, hour), (14..16, minute), (17..19, second)];
+    for (place, number) in parts.into_iter().chain([(20..26, u64::from(since.subsec_micros()))]) {
+        write_digits(text.get_mut(place)?, number);
+    }
+    (year < 9_999).then(|| String::from_utf8_lossy(&text).into_owned())
+}
+
+fn write_digits(digits: &mut [u8], mut number: u64) {
+    for digit in digits.iter_mut().rev() {
+        // One digit, which fits.
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+    }
 }
 
 /// Reads a time as RFC 3339; `None` if it is not one.
@@ -90,6 +123,24 @@ mod tests {
         assert_eq!(to_rfc3339(time), "2025-11-24T16:00:00.000001Z");
         assert_eq!(from_rfc3339("2025-11-24T17:00:00.000001+01:00"), Some(time));
         assert_eq!(from_rfc3339("yesterday"), None);
+    }
+
+    #[test]
+    fn the_usual_times_are_written_like_any_other() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let after = |nanos: u128| {
+            SystemTime::UNIX_EPOCH + Duration::new((nanos / 1_000_000_000) as u64, (nanos % 1_000_000_000) as u32)
+        };
+        let day = 86_400_u128 * 1_000_000_000;
+        // Every day up to the year 2500, and others up to the year 10000.
+        let days = (0..193_600).map(|number| after(number * day + random.u128(..day)));
+        let far = (0..20_000).map(|n| after(fastrand::Rng::with_seed(n).u128(..2_932_800 * day)));
+        let before = (1..1_000).map(|n| SystemTime::UNIX_EPOCH - Duration::from_millis(n * 12_345_678));
+        for time in days.collect::<Vec<_>>().into_iter().chain(far).chain(before) {
+            assert_eq!(to_rfc3339(time), any_text(time), "{time:?}");
+        }
+        assert!(usual_text(SystemTime::now()).is_some(), "the short way is taken");
+        assert!(usual_text(after(u128::from(u64::MAX))).is_some());
     }
 
     #[test]

@@ -364,9 +364,8 @@ async fn a_service_that_starts_during_a_memory_alarm_is_told_of_it_in_time() {
     }
     let server = block_in_place(|| Server::start("rabbitmq")).unwrap();
     let url = format!("{}?timeout_ms=2000", server.url());
-    let start = async |bus: &Bus| {
-        Service::new("billing").state(Arc::new(Semaphore::new(1))).on(wait_at).start(bus).await
-    };
+    let start =
+        async |bus: &Bus| Service::new("billing").state(Arc::new(Semaphore::new(1))).on(wait_at).start(bus).await;
     ctl(&server, &["set_vm_memory_high_watermark", "absolute", "1MB"]);
     let begun = Instant::now();
     let bus = timeout(PATIENCE, Bus::connect(Config::from_url(&url).unwrap())).await.expect("no hang").unwrap();

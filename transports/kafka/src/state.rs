@@ -16,7 +16,7 @@ use tokio::time::Instant;
 const ADDRESS_SLOT: u32 = 1 << 31;
 const SLOTS_OF_A_TOPIC: u32 = 1 << 16;
 /// How many times `max_in_flight` may be settled here and not committed, because each commit is work for the cluster.
-const UNTOLD_WINDOWS: usize = 8;
+const UNTOLD_WINDOWS: usize = 1;
 /// The furthest ahead that the broker is told.
 const MAX_RESERVE: u64 = 65_536;
 
