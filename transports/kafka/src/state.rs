@@ -15,8 +15,6 @@ use tokio::time::Instant;
 /// The slots of what is sent to the address; each further topic has slots of its own too.
 const ADDRESS_SLOT: u32 = 1 << 31;
 const SLOTS_OF_A_TOPIC: u32 = 1 << 16;
-/// How many times `max_in_flight` may be settled here and not committed, because each commit is work for the cluster.
-const UNTOLD_WINDOWS: usize = 1;
 /// The furthest ahead that the broker is told.
 const MAX_RESERVE: u64 = 65_536;
 
@@ -224,18 +222,12 @@ impl State {
     // ---- Handing out ----
 
     fn room(&self) -> usize {
-        let untold = self.max_untold().saturating_sub(self.untold);
-        self.max_in_flight.saturating_sub(self.outs.len()).min(untold)
-    }
-
-    /// With so many settled and not committed nothing more is handed out. One at a time is just that.
-    fn max_untold(&self) -> usize {
-        1 + self.max_in_flight.saturating_sub(1).saturating_mul(UNTOLD_WINDOWS)
+        self.max_in_flight.saturating_sub(self.outs.len() + self.untold)
     }
 
     /// So many are worth a commit before its time.
     fn many_untold(&self) -> usize {
-        self.max_untold().div_ceil(2)
+        self.max_in_flight.div_ceil(2)
     }
 
     /// Hands out up to `max` events; whether there were any, when the next is due, and what the thread is to do.
@@ -334,7 +326,7 @@ impl State {
                 }
                 part.untold += 1;
                 self.untold += 1;
-                let waits = self.untold == self.many_untold() || self.untold >= self.max_untold() || revoked;
+                let waits = self.untold == self.many_untold() || self.untold >= self.max_in_flight || revoked;
                 return if waits { Call::Now } else { Call::Soon };
             }
             // The next owner reads it.
