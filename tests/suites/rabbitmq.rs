@@ -369,7 +369,7 @@ async fn a_service_that_starts_during_a_memory_alarm_is_told_of_it_in_time() {
     ctl(&server, &["set_vm_memory_high_watermark", "absolute", "1MB"]);
     let begun = Instant::now();
     let bus = timeout(PATIENCE, Bus::connect(Config::from_url(&url).unwrap())).await.expect("no hang").unwrap();
-    let error = timeout(PATIENCE, start(&bus)).await.expect("no hang").err().expect("it cannot start");
+    let error = timeout(PATIENCE, start(&bus)).await.expect("no hang").expect_err("it cannot start");
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert!(error.kind() == ErrorKind::Timeout && error.is_transient(), "{error:?}");
     assert!(error.to_string().contains("takes no publishes"), "{error}");
