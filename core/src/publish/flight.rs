@@ -211,14 +211,16 @@ impl Answers {
 impl Future for Answers {
     type Output = Vec<(usize, PublishFailure)>;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        while let Some(flight) = self.flight(self.at).cloned() {
-            let start = self.at * Flight::MAX;
+        let Self { first, more, failures, at } = &mut *self;
+        while let Some(flight) = first.iter().chain(more.iter()).nth(*at) {
             let mut failed = ready!(flight.poll_answers(cx));
-            failed.sort_by_key(|(index, _)| *index);
-            self.failures.extend(failed.into_iter().map(|(index, failure)| (start + index, failure)));
-            self.at += 1;
+            if !failed.is_empty() {
+                failed.sort_by_key(|(index, _)| *index);
+                failures.extend(failed.into_iter().map(|(index, failure)| (*at * Flight::MAX + index, failure)));
+            }
+            *at += 1;
         }
-        Poll::Ready(std::mem::take(&mut self.failures))
+        Poll::Ready(std::mem::take(failures))
     }
 }
 
