@@ -212,26 +212,31 @@ impl Catalog {
         let deadline = Instant::now() + self.timeout();
         loop {
             let wanted = name.to_owned();
-            let known = blocking(self, move |catalog| catalog.is_served(&wanted, partitions)).await?;
-            if known {
-                return Ok(());
-            }
+            let lacking = blocking(self, move |catalog| catalog.lacking(&wanted, partitions)).await?;
+            let Some(lacking) = lacking else { return Ok(()) };
             if Instant::now() >= deadline {
                 let why = "the topic was created, and no broker serves it yet";
-                return Err(error(ErrorKind::Timeout, why).with_context("topic", name));
+                let error = error(ErrorKind::Timeout, why).with_context("topic", name);
+                return Err(error.with_context("lacking", lacking));
             }
             sleep(AGAIN).await;
         }
     }
 
-    fn is_served(&self, name: &str, partitions: u32) -> Result<bool> {
+    /// What a topic lacks until all its partitions can be used.
+    fn lacking(&self, name: &str, partitions: u32) -> Result<Option<String>> {
         let metadata = self.lookup.fetch_metadata(Some(name), self.timeout());
         let metadata = metadata.map_err(|e| failed("the topic cannot be looked up", e))?;
-        let Some(topic) = metadata.topics().iter().find(|topic| topic.name() == name) else { return Ok(false) };
-        let served = |p: &rdkafka::metadata::MetadataPartition| p.leader() >= 0 && p.error().is_none();
-        Ok(topic.error().is_none()
-            && topic.partitions().len() >= partitions as usize
-            && topic.partitions().iter().all(served))
+        let Some(topic) = metadata.topics().iter().find(|topic| topic.name() == name) else {
+            return Ok(Some("it is not known".into()));
+        };
+        if let Some(error) = topic.error() {
+            return Ok(Some(Code::from(error).to_string()));
+        }
+        let served = |p: &&rdkafka::metadata::MetadataPartition| p.leader() >= 0 && p.error().is_none();
+        let served = topic.partitions().iter().filter(served).count();
+        let missing = (partitions as usize).max(topic.partitions().len()) - served;
+        Ok((missing > 0).then(|| format!("{missing} of {partitions} partitions have no leader")))
     }
 
     /// Creates what a topic is kept in.
