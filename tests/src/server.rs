@@ -1,12 +1,46 @@
 //! A real broker of a test's own, by `scripts/brokers`: on ports and in a folder that nobody else uses.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use tidings_core::{Error, ErrorKind, Result};
+
+/// Ports for servers, of which nobody else uses any now.
+///
+/// They are below those that the system gives to outgoing connections. A client that tries again and again to reach a server that is down
+/// is else connected with itself one day, by a port that happens to be the server's, which then finds it taken.
+///
+/// # Errors
+/// None are found.
+pub fn free_ports(count: usize) -> io::Result<Vec<u16>> {
+    // All are held until all are known, so that no two are the same.
+    let mut held = Vec::with_capacity(count);
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..1_000 {
+        if held.len() == count {
+            break;
+        }
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(10_000..17_000))) {
+            Ok(listener) => held.push(listener),
+            Err(error) => last = error,
+        }
+    }
+    if held.len() < count {
+        return Err(last);
+    }
+    held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
+}
+
+/// As [`free_ports`], of one.
+///
+/// # Errors
+/// None is found.
+pub fn free_port() -> io::Result<u16> {
+    Ok(free_ports(1)?[0])
+}
 
 /// A broker that was started for this process; dropped, it is stopped and its data removed.
 #[derive(Debug)]
@@ -31,9 +65,7 @@ impl Server {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_proxied_kafka(count: usize) -> io::Result<(Self, Vec<(u16, u16)>)> {
-        let free = (0..count * 2).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<io::Result<Vec<_>>>()?;
-        let ports = free.iter().map(|free| Ok(free.local_addr()?.port())).collect::<io::Result<Vec<_>>>()?;
-        drop(free);
+        let ports = free_ports(count * 2)?;
         let pairs: Vec<(u16, u16)> = ports.chunks(2).map(|pair| (pair[0], pair[1])).collect();
         let told: Vec<_> = pairs.iter().map(|(port, proxy)| format!("{port}:{proxy}")).collect();
         let server = Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_PROXIED".into(), told.join(","))])?;
@@ -45,7 +77,7 @@ impl Server {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_kafka_with_password(password: &str) -> io::Result<(Self, SocketAddr)> {
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let sasl = format!("{}:{password}", address.port());
         Ok((Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_SASL".into(), sasl)])?, address))
     }
@@ -56,7 +88,7 @@ impl Server {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_kafka_with_tls(folder: &Path) -> io::Result<(Self, u16)> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = free_port()?;
         let tls = format!("{port}:{}", folder.display());
         Ok((Self::start_with("kafka", vec![("TIDINGS_TEST_KAFKA_TLS".into(), tls)])?, port))
     }
@@ -73,14 +105,10 @@ impl Server {
             "kafka" => &["KAFKA", "KAFKA_CONTROLLER"],
             _ => &["NATS"],
         };
-        // All are held until all are known, so that no two are the same.
-        let free = ports.iter().map(|_| TcpListener::bind("127.0.0.1:0")).collect::<io::Result<Vec<_>>>()?;
-        let variable = |(name, port): (&&str, &TcpListener)| {
-            port.local_addr().map(|address| (format!("TIDINGS_TEST_{name}_PORT"), address.port().to_string()))
-        };
-        let mut variables = ports.iter().zip(&free).map(variable).collect::<io::Result<Vec<_>>>()?;
+        let free = free_ports(ports.len())?;
+        let variable = |(name, port): (&&str, u16)| (format!("TIDINGS_TEST_{name}_PORT"), port.to_string());
+        let mut variables: Vec<_> = ports.iter().zip(free).map(variable).collect();
         variables.extend(more);
-        drop(free);
         let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
         RUNNING.lock().expect("no panic inside").push((broker, server.state.clone()));
         server.up()?;

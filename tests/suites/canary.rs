@@ -8,7 +8,6 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::FutureExt;
 use std::error::Error as StdError;
 use std::io::Write;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -18,6 +17,7 @@ use tidings::prelude::*;
 use tidings::rabbitmq::RabbitMqConfig;
 use tidings::transport::Health;
 use tidings::{ErrorKind, EventStream, HandlerError};
+use tidings_tests::server::free_port;
 use tidings_tests::{Order, dead_letters, eventually, order};
 use tokio::time::{sleep, timeout};
 
@@ -140,7 +140,7 @@ struct Server {
 
 impl Server {
     fn start(config: &str) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port().unwrap();
         // The folder's name is shown in errors: it is none of the secrets.
         let dir = std::env::temp_dir().join(format!("tidings-secrets-{}-{port}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();

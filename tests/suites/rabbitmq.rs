@@ -18,7 +18,7 @@ use tidings_core::transport::{
 };
 use tidings_core::{BusEvent, Clock, ErrorKind, Message, MessageId, SubscriptionName, Topic};
 use tidings_rabbitmq::{Provision, RabbitMqClient, RabbitMqConfig, RabbitMqTransport};
-use tidings_tests::server::Server;
+use tidings_tests::server::{Server, free_port};
 use tidings_tests::{Order, eventually, order};
 use tokio::sync::Semaphore;
 use tokio::task::block_in_place;
@@ -391,7 +391,7 @@ async fn by_tls_only_a_trusted_server_and_by_certificate_only_a_known_client() {
         path
     };
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ((cert, key), port) = (authority.sign("the server"), free_port());
+    let ((cert, key), port) = (authority.sign("the server"), free_port().unwrap());
     let (ca, other) = (file("ca.pem", &authority.pem()), file("other.pem", &stranger.pem()));
     file("cert.pem", &cert);
     file("key.pem", &key);
@@ -433,10 +433,6 @@ async fn works(config: RabbitMqConfig) {
     let post = (Destination::Topic(Topic::new("test.a").unwrap()), message("secretly"), None, false);
     assert!(submit_and_wait(&*transport.publisher(), &[post]).await.is_empty());
     assert_eq!(next(&mut subscription).await, "secretly");
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 // ---- Delays that outlive who asked for them ----
