@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
-use tidings_core::transport::{Destination, Fate, Flushed, Outgoing, Receipt, ReplayFrom, Settlement, Tag, slot_of};
+use tidings_core::transport::{Destination, Fate, Flushed, Outgoing, ReplayFrom, Settlement, Tag, slot_of};
 use tidings_core::{Error, ErrorKind, Message, Result, SubscriptionName, Topic};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -71,6 +71,8 @@ pub(crate) struct State {
     waiting: VecDeque<Waiting>,
     /// Whether any topic limits how long it keeps what is unread.
     pub(crate) limited: bool,
+    /// The topic that was last published to: mostly it is the next one too, and need not be looked up again.
+    pub(crate) last: u32,
     numbers: u64,
 }
 
@@ -101,17 +103,8 @@ struct Delayed {
 
 struct Waiting {
     client: Arc<Client>,
-    to: Address,
-    message: Arc<Message>,
+    out: Outgoing,
     size: usize,
-    receipt: Receipt,
-}
-
-/// Where a message goes, and when.
-struct Address {
-    space: usize,
-    destination: Destination,
-    delay: Option<Duration>,
 }
 
 impl Broker {
@@ -124,6 +117,7 @@ impl Broker {
             delayed: Timers::default(),
             waiting: VecDeque::new(),
             limited: false,
+            last: 0,
             numbers: 0,
         };
         Self { config, began: (SystemTime::now(), Instant::now()), state: Mutex::new(state) }
@@ -177,23 +171,25 @@ impl State {
 
     // ---- Publishing ----
 
-    /// Takes responsibility for a message, refuses it, or lets it wait for room.
-    pub(crate) fn submit(&mut self, client: &Arc<Client>, out: Outgoing, now: Instant) {
-        let Outgoing { destination, message, delay, owed, receipt } = out;
+    /// Takes responsibility for each message, refuses it, or lets it wait for room.
+    pub(crate) fn submit(&mut self, client: &Arc<Client>, batch: &mut dyn Iterator<Item = Outgoing>) {
+        let now = Instant::now();
         if client.closed.load(SeqCst) {
-            return receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
+            batch.for_each(|out| out.receipt.fail(Fate::NotPersisted, closed().with_operation("publish")));
+        } else {
+            batch.for_each(|out| self.take(client, out, now));
         }
-        let size = message.size();
-        if !owed && size > self.log.capacity() {
-            return receipt.fail(Fate::NotPersisted, too_large(size, self.log.capacity()));
-        }
-        let to = Address { space: client.space, destination, delay };
-        if owed || (self.waiting.is_empty() && self.make_room(size, now)) {
-            answer(receipt, self.store(&to, message, now));
+    }
+
+    fn take(&mut self, client: &Arc<Client>, out: Outgoing, now: Instant) {
+        let size = out.message.size();
+        if out.owed || (self.waiting.is_empty() && self.make_room(size, now)) {
+            self.store(client.space, out, size, now);
+        } else if size > self.log.capacity() {
+            out.receipt.fail(Fate::NotPersisted, too_large(size, self.log.capacity()));
         } else {
             client.waiting.fetch_add(1, SeqCst);
-            let client = Arc::clone(client);
-            self.waiting.push_back(Waiting { client, to, message, size, receipt });
+            self.waiting.push_back(Waiting { client: Arc::clone(client), out, size });
             self.admit(now);
         }
     }
@@ -213,15 +209,15 @@ impl State {
     /// Stores what waits for room, in turn, as far as there is some.
     pub(crate) fn admit(&mut self, now: Instant) {
         while let Some(first) = self.waiting.front() {
-            let (abandoned, size) = (first.receipt.is_abandoned(), first.size);
+            let (abandoned, size) = (first.out.receipt.is_abandoned(), first.size);
             if !abandoned && !self.make_room(size, now) {
                 return;
             }
-            let Some(Waiting { client, to, message, receipt, .. }) = self.waiting.pop_front() else { return };
+            let Some(Waiting { client, out, .. }) = self.waiting.pop_front() else { return };
             if abandoned {
-                receipt.fail(Fate::NotPersisted, error(ErrorKind::Full, "nobody waited for room any more"));
+                out.receipt.fail(Fate::NotPersisted, error(ErrorKind::Full, "nobody waited for room any more"));
             } else {
-                answer(receipt, self.store(&to, message, now));
+                self.store(client.space, out, size, now);
             }
             client.waited();
         }
@@ -233,25 +229,33 @@ impl State {
         }
     }
 
-    fn store(&mut self, to: &Address, message: Arc<Message>, now: Instant) -> Result<()> {
-        let due = to.delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
-        match &to.destination {
+    /// Stores a message for which there is room, and answers for it.
+    fn store(&mut self, space: usize, out: Outgoing, size: usize, now: Instant) {
+        let due = out.delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
+        let stored = match &out.destination {
             Destination::Topic(topic) => {
-                let topic = self.topic(to.space, topic);
-                let id = self.log.hold(message, now);
+                let topic = self.topic(space, topic);
+                let id = self.log.hold(out.message, size, now);
                 match due {
                     None => self.distribute(topic, id, now),
                     Some(due) => self.delay(topic, id, due),
                 }
+                Ok(())
             }
-            Destination::Subscription(name) => self.send((to.space, name), message, (now, due))?,
+            Destination::Subscription(name) => self.send((space, name), (out.message, size), (now, due)),
             Destination::DeadLetter(_) if due.is_some() => {
                 let why = "dead letters are not delayed; publish to the subscription's address instead";
-                return Err(error(ErrorKind::Unsupported, why));
+                Err(error(ErrorKind::Unsupported, why))
             }
-            Destination::DeadLetter(name) => self.bury(to.space, name, message),
+            Destination::DeadLetter(name) => {
+                self.bury(space, name, out.message);
+                Ok(())
+            }
+        };
+        match stored {
+            Ok(()) => out.receipt.confirm(),
+            Err(error) => out.receipt.fail(Fate::NotPersisted, error.with_operation("publish")),
         }
-        Ok(())
     }
 
     /// Makes `id` the last event of its topic.
@@ -286,7 +290,7 @@ impl State {
     fn send(
         &mut self,
         (space, name): (usize, &SubscriptionName),
-        message: Arc<Message>,
+        (message, size): (Arc<Message>, usize),
         (now, due): (Instant, Option<Instant>),
     ) -> Result<()> {
         let Some(group) = self.spaces[space].groups.get(name).copied() else {
@@ -295,7 +299,7 @@ impl State {
         };
         let slots = self.spaces[space].topics.get(&message.topic).map_or(1, |topic| self.topics[*topic as usize].slots);
         let slot = slot_of(message.key.as_ref(), slots);
-        let id = self.log.hold(message, now);
+        let id = self.log.hold(message, size, now);
         if let Some(due) = due {
             self.groups[group].enqueue_at(due, slot, id);
         } else {
@@ -414,7 +418,7 @@ impl State {
         self.waiting = others;
         let refused = theirs.len();
         for waiting in theirs {
-            waiting.receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
+            waiting.out.receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
             client.waited();
         }
         let log = &self.log;
@@ -454,13 +458,6 @@ impl Client {
         if self.waiting.fetch_sub(1, SeqCst) == 1 {
             self.flushed.notify_waiters();
         }
-    }
-}
-
-fn answer(receipt: Receipt, stored: Result<()>) {
-    match stored {
-        Ok(()) => receipt.confirm(),
-        Err(error) => receipt.fail(Fate::NotPersisted, error.with_operation("publish")),
     }
 }
 

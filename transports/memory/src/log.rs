@@ -86,8 +86,7 @@ impl Log {
     }
 
     /// Stores what is not read from a topic, or not yet; one owner settles it.
-    pub(crate) fn hold(&mut self, message: Arc<Message>, received: Instant) -> Id {
-        let size = message.size();
+    pub(crate) fn hold(&mut self, message: Arc<Message>, size: usize, received: Instant) -> Id {
         self.charge(size);
         let topic = ADDRESSED;
         self.entries.insert(Entry { message, position: 0, received, kept_until: None, topic, owners: 1, size }) as Id
@@ -193,7 +192,7 @@ mod tests {
     use crate::testing::{message, message_of_size};
 
     fn publish(log: &mut Log, size: usize, owners: u32) -> Id {
-        let id = log.hold(message_of_size("a.b", size).into(), Instant::now());
+        let id = log.hold(message_of_size("a.b", size).into(), size, Instant::now());
         log.publish(id, 0, owners, (Instant::now(), None));
         id
     }
@@ -235,7 +234,9 @@ mod tests {
     #[test]
     fn what_is_sent_to_an_address_is_gone_when_settled() {
         let mut log = Log::new(1 << 20, 1 << 20);
-        let id = log.hold(message("a.b").into(), Instant::now());
+        let message = message("a.b");
+        let size = message.size();
+        let id = log.hold(message.into(), size, Instant::now());
         assert_eq!(log.place(id), 1);
         assert_eq!(log.read().count(), 0);
         log.settle(id);
