@@ -6,7 +6,7 @@ use crate::dead_letters::Buried;
 use crate::error::{closed, error};
 use crate::fnv::FnvMap;
 use crate::group::{Asking, Cut, Group};
-use crate::log::{Id, Log};
+use crate::log::{Id, Log, Place};
 use crate::timers::{Timers, after};
 use crate::{MemoryConfig, Stats};
 use parking_lot::{Mutex, MutexGuard};
@@ -235,10 +235,12 @@ impl State {
         let stored = match &out.destination {
             Destination::Topic(topic) => {
                 let topic = self.topic(space, topic);
-                let id = self.log.hold(out.message, size, now);
                 match due {
-                    None => self.distribute(topic, id, now),
-                    Some(due) => self.delay(topic, id, due),
+                    None => self.publish(topic, out.message, size, now),
+                    Some(due) => {
+                        let id = self.log.hold(out.message, size, now);
+                        self.delay(topic, id, due);
+                    }
                 }
                 Ok(())
             }
@@ -258,12 +260,21 @@ impl State {
         }
     }
 
-    /// Makes `id` the last event of its topic.
-    fn distribute(&mut self, topic: u32, id: Id, now: Instant) {
+    /// Makes a message the last event of its topic.
+    fn publish(&mut self, topic: u32, message: Arc<Message>, size: usize, now: Instant) {
         let state = &self.topics[topic as usize];
-        let kept_until = state.retention.map(|retention| after(now, retention));
+        let slot = slot_of(message.key.as_ref(), state.slots);
+        let id = self.log.append(message, size, state.place(topic, now));
+        for group in &state.groups {
+            self.groups[*group].enqueue(slot, id);
+        }
+    }
+
+    /// Makes what was delayed the last event of its topic.
+    fn publish_delayed(&mut self, Delayed { topic, id }: Delayed, now: Instant) {
+        let state = &self.topics[topic as usize];
         let slot = slot_of(self.log.entry(id).message.key.as_ref(), state.slots);
-        self.log.publish(id, topic, state.groups.len() as u32, (now, kept_until));
+        self.log.publish(id, state.place(topic, now));
         for group in &state.groups {
             self.groups[*group].enqueue(slot, id);
         }
@@ -281,8 +292,8 @@ impl State {
             return;
         }
         let now = Instant::now();
-        while let Some(Delayed { topic, id }) = self.delayed.pop(now) {
-            self.distribute(topic, id, now);
+        while let Some(delayed) = self.delayed.pop(now) {
+            self.publish_delayed(delayed, now);
         }
     }
 
@@ -352,8 +363,8 @@ impl State {
     }
 
     pub(crate) fn settle(&mut self, seat: Seat, tag: Tag, settlement: Settlement) {
-        if let Some((group, log)) = self.seated(seat) {
-            group.settle(seat.key, log, tag, settlement);
+        if let Some(group) = self.groups.get_mut(seat.group) {
+            group.settle(seat, &mut self.log, tag, settlement);
             self.admit_waiting();
         }
     }
@@ -445,6 +456,14 @@ impl State {
                 group.enqueue(slot, id);
             }
         }
+    }
+}
+
+impl TopicState {
+    /// What its events are stored with; `number` is its own.
+    fn place(&self, number: u32, now: Instant) -> Place {
+        let kept_until = self.retention.map(|retention| after(now, retention));
+        Place { topic: number, owners: self.groups.len() as u32, received: now, kept_until }
     }
 }
 

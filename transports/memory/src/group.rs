@@ -1,5 +1,6 @@
 //! A subscription and its instances: who is handed what.
 
+use crate::broker::Seat;
 use crate::log::{Id, Log};
 use crate::slot::{Item, Slot, Wait};
 use crate::timers::{Timers, after};
@@ -386,16 +387,16 @@ impl Group {
     // ---- Settling ----
 
     /// Settles what a member was handed; a stale tag settles nothing.
-    pub(crate) fn settle(&mut self, key: usize, log: &mut Log, tag: Tag, settlement: Settlement) {
-        let reserved = self.reserved(key);
-        let member = &mut self.members[key];
-        let was_full = member.is_full() || reserved > 0;
+    pub(crate) fn settle(&mut self, seat: Seat, log: &mut Log, tag: Tag, settlement: Settlement) {
+        let Some(member) = self.member(seat.key, seat.instance) else { return };
+        let was_full = member.is_full();
         let live = member.epoch.load(Relaxed) == tag.epoch;
         let Some(mut out) = live.then(|| member.out.try_remove(tag.seq as usize)).flatten() else {
             member.flushed.stale += 1;
             return;
         };
         member.flushed.applied += 1;
+        let parked = member.parked;
         self.slots[out.slot as usize].open -= 1;
         match settlement {
             Settlement::Ack => log.settle(out.item.id),
@@ -405,8 +406,8 @@ impl Group {
                 self.release(log, out, ABANDONED_BACKOFF);
             }
         }
-        if was_full || self.replay.is_some() {
-            self.members[key].wake();
+        if parked && (was_full || self.replay.is_some() || self.reserved(seat.key) > 0) {
+            self.members[seat.key].wake();
         }
         self.pass_on(out.slot);
     }
