@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
-use tidings_core::transport::{Destination, Fate, Flushed, Outgoing, ReplayFrom, Settlement, Tag, slot_of};
+use tidings_core::transport::{Confirmed, Destination, Fate, Flushed, Outgoing, ReplayFrom, Settlement, Tag, slot_of};
 use tidings_core::{Error, ErrorKind, Message, Result, SubscriptionName, Topic};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -69,6 +69,8 @@ pub(crate) struct State {
     delayed: Timers<Delayed>,
     /// Publishes that wait for room, the first first.
     waiting: VecDeque<Waiting>,
+    /// What was stored of a batch, and is still to be answered for.
+    confirmed: Confirmed,
     /// Whether any topic limits how long it keeps what is unread.
     pub(crate) limited: bool,
     /// The topic that was last published to: mostly it is the next one too, and need not be looked up again.
@@ -116,6 +118,7 @@ impl Broker {
             spaces: Vec::new(),
             delayed: Timers::default(),
             waiting: VecDeque::new(),
+            confirmed: Confirmed::default(),
             limited: false,
             last: 0,
             numbers: 0,
@@ -178,6 +181,7 @@ impl State {
             batch.for_each(|out| out.receipt.fail(Fate::NotPersisted, closed().with_operation("publish")));
         } else {
             batch.for_each(|out| self.take(client, out, now));
+            self.confirmed.answer();
         }
     }
 
@@ -211,9 +215,9 @@ impl State {
         while let Some(first) = self.waiting.front() {
             let (abandoned, size) = (first.out.receipt.is_abandoned(), first.size);
             if !abandoned && !self.make_room(size, now) {
-                return;
+                break;
             }
-            let Some(Waiting { client, out, .. }) = self.waiting.pop_front() else { return };
+            let Some(Waiting { client, out, .. }) = self.waiting.pop_front() else { break };
             if abandoned {
                 out.receipt.fail(Fate::NotPersisted, error(ErrorKind::Full, "nobody waited for room any more"));
             } else {
@@ -221,6 +225,7 @@ impl State {
             }
             client.waited();
         }
+        self.confirmed.answer();
     }
 
     pub(crate) fn admit_waiting(&mut self) {
@@ -229,7 +234,7 @@ impl State {
         }
     }
 
-    /// Stores a message for which there is room, and answers for it.
+    /// Stores a message for which there is room; whoever calls this answers for what is confirmed.
     fn store(&mut self, space: usize, out: Outgoing, size: usize, now: Instant) {
         let due = out.delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
         let stored = match &out.destination {
@@ -255,7 +260,7 @@ impl State {
             }
         };
         match stored {
-            Ok(()) => out.receipt.confirm(),
+            Ok(()) => self.confirmed.add(out.receipt),
             Err(error) => out.receipt.fail(Fate::NotPersisted, error.with_operation("publish")),
         }
     }
