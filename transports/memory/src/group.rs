@@ -38,6 +38,8 @@ pub(crate) struct Group {
     gaps: Vec<Gap>,
     /// Which member was woken last, where members share message by message.
     turn: usize,
+    /// Whether any may be hungry, where they do; if not, none is looked for. Who waits and is full is not: settling wakes it.
+    any_hungry: bool,
 }
 
 /// Who is cut off, and for how long what they left open stays away.
@@ -159,6 +161,7 @@ impl Group {
             timers: Timers::default(),
             gaps: Vec::new(),
             turn: 0,
+            any_hungry: false,
         }
     }
 
@@ -265,9 +268,14 @@ impl Group {
                     member.wake();
                 }
             }
-        } else if let Some(key) = self.next_hungry() {
-            self.turn = key;
-            self.members[key].wake();
+        } else if self.any_hungry {
+            match self.next_hungry() {
+                Some(key) => {
+                    self.turn = key;
+                    self.members[key].wake();
+                }
+                None => self.any_hungry = false,
+            }
         }
     }
 
@@ -312,7 +320,7 @@ impl Group {
 
     pub(crate) fn park(&mut self, key: usize, waker: &Waker) {
         let member = &mut self.members[key];
-        (member.parked, member.idle) = (true, true);
+        (member.parked, member.idle, self.any_hungry) = (true, true, true);
         if !member.waker.as_ref().is_some_and(|known| known.will_wake(waker)) {
             member.waker = Some(waker.clone());
         }
