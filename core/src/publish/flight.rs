@@ -58,8 +58,48 @@ impl Receipt {
 
     fn answer(&mut self, failure: Option<PublishFailure>) {
         if let Some(flight) = self.flight.take() {
-            flight.answer(self.index, failure);
+            flight.answer(1 << self.index, failure.map(|failure| (self.index as usize, failure)));
         }
+    }
+}
+
+/// Confirms what was submitted together with one answer, where a transport knows of many messages at once.
+///
+/// What was [added](Self::add) is confirmed when [`answer`](Self::answer) is called or this is dropped, at the latest.
+#[derive(Default)]
+pub struct Confirmed {
+    flight: Option<Arc<Flight>>,
+    answered: u64,
+}
+
+impl Confirmed {
+    /// The broker has taken responsibility for the message.
+    pub fn add(&mut self, mut receipt: Receipt) {
+        let Some(flight) = receipt.flight.take() else { return };
+        if !self.flight.as_ref().is_some_and(|own| Arc::ptr_eq(own, &flight)) {
+            self.answer();
+            self.flight = Some(flight);
+        }
+        self.answered |= 1 << receipt.index;
+    }
+
+    /// Confirms what was added.
+    pub fn answer(&mut self) {
+        if let Some(flight) = self.flight.take() {
+            flight.answer(std::mem::take(&mut self.answered), None);
+        }
+    }
+}
+
+impl Drop for Confirmed {
+    fn drop(&mut self) {
+        self.answer();
+    }
+}
+
+impl fmt::Debug for Confirmed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Confirmed").field("count", &self.answered.count_ones()).finish_non_exhaustive()
     }
 }
 
@@ -155,14 +195,15 @@ impl Flight {
         (std::mem::take(&mut state.failures), (0..Self::MAX).filter(move |index| unanswered & (1 << index) != 0))
     }
 
-    fn answer(&self, index: u32, failure: Option<PublishFailure>) {
+    /// Answers for those whose bits are set: as confirmed, if this is no failure.
+    fn answer(&self, answered: u64, failure: Option<(usize, PublishFailure)>) {
         let mut state = self.state.lock();
-        state.unanswered &= !(1 << index);
-        state.failures.extend(failure.map(|failure| (index as usize, failure)));
+        state.unanswered &= !answered;
+        state.failures.extend(failure);
         let waker = if state.unanswered == 0 { state.waker.take() } else { None };
         drop(state);
         if let Some(window) = &self.window {
-            window.add_permits(1);
+            window.add_permits(answered.count_ones() as usize);
         }
         if let Some(waker) = waker {
             waker.wake();
@@ -248,6 +289,22 @@ mod tests {
         let seen: Vec<_> = failures.iter().map(|(i, f)| (*i, f.fate)).collect();
         assert_eq!(seen, [(1, Fate::NotPersisted), (0, Fate::PossiblyPersisted)]);
         assert_eq!(window.available_permits(), 3);
+    }
+
+    #[tokio::test]
+    async fn what_is_confirmed_together_is_answered_for_once_and_each_permit_returned() {
+        let window = Arc::new(Semaphore::new(0));
+        let [one, other] = [3, 1].map(|count| Flight::new(count, Some(Arc::clone(&window)), None));
+        let mut confirmed = Confirmed::default();
+        confirmed.add(one.receipt(0));
+        confirmed.add(one.receipt(2));
+        assert_eq!(window.available_permits(), 0);
+        confirmed.add(other.receipt(0));
+        assert_eq!(window.available_permits(), 2, "those of another flight are not kept waiting");
+        drop(confirmed);
+        assert_eq!(window.available_permits(), 3);
+        assert!(poll_fn(|cx| other.poll_answers(cx)).await.is_empty());
+        assert_eq!(one.abandon().1.collect::<Vec<_>>(), [1], "this one was not added");
     }
 
     /// Confirms the even ones.

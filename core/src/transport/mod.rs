@@ -8,7 +8,7 @@ mod acker;
 mod prefix;
 mod slots;
 
-pub use crate::publish::flight::{Fate, PublishFailure, Receipt, submit_and_wait};
+pub use crate::publish::flight::{Confirmed, Fate, PublishFailure, Receipt, submit_and_wait};
 pub(crate) use acker::Watcher;
 pub use acker::{ABANDONED_BACKOFF, Acker, Lease, Settle, Settlement, Tag};
 pub use prefix::PrefixTracker;

@@ -6,7 +6,7 @@ use crate::dead_letters::Buried;
 use crate::error::{closed, error};
 use crate::fnv::FnvMap;
 use crate::group::{Asking, Cut, Group};
-use crate::log::{Id, Log};
+use crate::log::{Id, Log, Place};
 use crate::timers::{Timers, after};
 use crate::{MemoryConfig, Stats};
 use parking_lot::{Mutex, MutexGuard};
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
-use tidings_core::transport::{Destination, Fate, Flushed, Outgoing, Receipt, ReplayFrom, Settlement, Tag, slot_of};
+use tidings_core::transport::{Confirmed, Destination, Fate, Flushed, Outgoing, ReplayFrom, Settlement, Tag, slot_of};
 use tidings_core::{Error, ErrorKind, Message, Result, SubscriptionName, Topic};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -69,8 +69,12 @@ pub(crate) struct State {
     delayed: Timers<Delayed>,
     /// Publishes that wait for room, the first first.
     waiting: VecDeque<Waiting>,
+    /// What was stored of a batch, and is still to be answered for.
+    confirmed: Confirmed,
     /// Whether any topic limits how long it keeps what is unread.
     pub(crate) limited: bool,
+    /// The topic that was last published to: mostly it is the next one too, and need not be looked up again.
+    pub(crate) last: u32,
     numbers: u64,
 }
 
@@ -101,17 +105,8 @@ struct Delayed {
 
 struct Waiting {
     client: Arc<Client>,
-    to: Address,
-    message: Arc<Message>,
+    out: Outgoing,
     size: usize,
-    receipt: Receipt,
-}
-
-/// Where a message goes, and when.
-struct Address {
-    space: usize,
-    destination: Destination,
-    delay: Option<Duration>,
 }
 
 impl Broker {
@@ -123,7 +118,9 @@ impl Broker {
             spaces: Vec::new(),
             delayed: Timers::default(),
             waiting: VecDeque::new(),
+            confirmed: Confirmed::default(),
             limited: false,
+            last: 0,
             numbers: 0,
         };
         Self { config, began: (SystemTime::now(), Instant::now()), state: Mutex::new(state) }
@@ -177,23 +174,26 @@ impl State {
 
     // ---- Publishing ----
 
-    /// Takes responsibility for a message, refuses it, or lets it wait for room.
-    pub(crate) fn submit(&mut self, client: &Arc<Client>, out: Outgoing, now: Instant) {
-        let Outgoing { destination, message, delay, owed, receipt } = out;
+    /// Takes responsibility for each message, refuses it, or lets it wait for room.
+    pub(crate) fn submit(&mut self, client: &Arc<Client>, batch: &mut dyn Iterator<Item = Outgoing>) {
+        let now = Instant::now();
         if client.closed.load(SeqCst) {
-            return receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
+            batch.for_each(|out| out.receipt.fail(Fate::NotPersisted, closed().with_operation("publish")));
+        } else {
+            batch.for_each(|out| self.take(client, out, now));
+            self.confirmed.answer();
         }
-        let size = message.size();
-        if !owed && size > self.log.capacity() {
-            return receipt.fail(Fate::NotPersisted, too_large(size, self.log.capacity()));
-        }
-        let to = Address { space: client.space, destination, delay };
-        if owed || (self.waiting.is_empty() && self.make_room(size, now)) {
-            answer(receipt, self.store(&to, message, now));
+    }
+
+    fn take(&mut self, client: &Arc<Client>, out: Outgoing, now: Instant) {
+        let size = out.message.size();
+        if out.owed || (self.waiting.is_empty() && self.make_room(size, now)) {
+            self.store(client.space, out, size, now);
+        } else if size > self.log.capacity() {
+            out.receipt.fail(Fate::NotPersisted, too_large(size, self.log.capacity()));
         } else {
             client.waiting.fetch_add(1, SeqCst);
-            let client = Arc::clone(client);
-            self.waiting.push_back(Waiting { client, to, message, size, receipt });
+            self.waiting.push_back(Waiting { client: Arc::clone(client), out, size });
             self.admit(now);
         }
     }
@@ -213,18 +213,19 @@ impl State {
     /// Stores what waits for room, in turn, as far as there is some.
     pub(crate) fn admit(&mut self, now: Instant) {
         while let Some(first) = self.waiting.front() {
-            let (abandoned, size) = (first.receipt.is_abandoned(), first.size);
+            let (abandoned, size) = (first.out.receipt.is_abandoned(), first.size);
             if !abandoned && !self.make_room(size, now) {
-                return;
+                break;
             }
-            let Some(Waiting { client, to, message, receipt, .. }) = self.waiting.pop_front() else { return };
+            let Some(Waiting { client, out, .. }) = self.waiting.pop_front() else { break };
             if abandoned {
-                receipt.fail(Fate::NotPersisted, error(ErrorKind::Full, "nobody waited for room any more"));
+                out.receipt.fail(Fate::NotPersisted, error(ErrorKind::Full, "nobody waited for room any more"));
             } else {
-                answer(receipt, self.store(&to, message, now));
+                self.store(client.space, out, size, now);
             }
             client.waited();
         }
+        self.confirmed.answer();
     }
 
     pub(crate) fn admit_waiting(&mut self) {
@@ -233,33 +234,52 @@ impl State {
         }
     }
 
-    fn store(&mut self, to: &Address, message: Arc<Message>, now: Instant) -> Result<()> {
-        let due = to.delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
-        match &to.destination {
+    /// Stores a message for which there is room; whoever calls this answers for what is confirmed.
+    fn store(&mut self, space: usize, out: Outgoing, size: usize, now: Instant) {
+        let due = out.delay.filter(|delay| !delay.is_zero()).map(|delay| after(now, delay));
+        let stored = match &out.destination {
             Destination::Topic(topic) => {
-                let topic = self.topic(to.space, topic);
-                let id = self.log.hold(message, now);
+                let topic = self.topic(space, topic);
                 match due {
-                    None => self.distribute(topic, id, now),
-                    Some(due) => self.delay(topic, id, due),
+                    None => self.publish(topic, out.message, size, now),
+                    Some(due) => {
+                        let id = self.log.hold(out.message, size, now);
+                        self.delay(topic, id, due);
+                    }
                 }
+                Ok(())
             }
-            Destination::Subscription(name) => self.send((to.space, name), message, (now, due))?,
+            Destination::Subscription(name) => self.send((space, name), (out.message, size), (now, due)),
             Destination::DeadLetter(_) if due.is_some() => {
                 let why = "dead letters are not delayed; publish to the subscription's address instead";
-                return Err(error(ErrorKind::Unsupported, why));
+                Err(error(ErrorKind::Unsupported, why))
             }
-            Destination::DeadLetter(name) => self.bury(to.space, name, message),
+            Destination::DeadLetter(name) => {
+                self.bury(space, name, out.message);
+                Ok(())
+            }
+        };
+        match stored {
+            Ok(()) => self.confirmed.add(out.receipt),
+            Err(error) => out.receipt.fail(Fate::NotPersisted, error.with_operation("publish")),
         }
-        Ok(())
     }
 
-    /// Makes `id` the last event of its topic.
-    fn distribute(&mut self, topic: u32, id: Id, now: Instant) {
+    /// Makes a message the last event of its topic.
+    fn publish(&mut self, topic: u32, message: Arc<Message>, size: usize, now: Instant) {
         let state = &self.topics[topic as usize];
-        let kept_until = state.retention.map(|retention| after(now, retention));
+        let slot = slot_of(message.key.as_ref(), state.slots);
+        let id = self.log.append(message, size, state.place(topic, now));
+        for group in &state.groups {
+            self.groups[*group].enqueue(slot, id);
+        }
+    }
+
+    /// Makes what was delayed the last event of its topic.
+    fn publish_delayed(&mut self, Delayed { topic, id }: Delayed, now: Instant) {
+        let state = &self.topics[topic as usize];
         let slot = slot_of(self.log.entry(id).message.key.as_ref(), state.slots);
-        self.log.publish(id, topic, state.groups.len() as u32, (now, kept_until));
+        self.log.publish(id, state.place(topic, now));
         for group in &state.groups {
             self.groups[*group].enqueue(slot, id);
         }
@@ -277,8 +297,8 @@ impl State {
             return;
         }
         let now = Instant::now();
-        while let Some(Delayed { topic, id }) = self.delayed.pop(now) {
-            self.distribute(topic, id, now);
+        while let Some(delayed) = self.delayed.pop(now) {
+            self.publish_delayed(delayed, now);
         }
     }
 
@@ -286,7 +306,7 @@ impl State {
     fn send(
         &mut self,
         (space, name): (usize, &SubscriptionName),
-        message: Arc<Message>,
+        (message, size): (Arc<Message>, usize),
         (now, due): (Instant, Option<Instant>),
     ) -> Result<()> {
         let Some(group) = self.spaces[space].groups.get(name).copied() else {
@@ -295,7 +315,7 @@ impl State {
         };
         let slots = self.spaces[space].topics.get(&message.topic).map_or(1, |topic| self.topics[*topic as usize].slots);
         let slot = slot_of(message.key.as_ref(), slots);
-        let id = self.log.hold(message, now);
+        let id = self.log.hold(message, size, now);
         if let Some(due) = due {
             self.groups[group].enqueue_at(due, slot, id);
         } else {
@@ -348,8 +368,8 @@ impl State {
     }
 
     pub(crate) fn settle(&mut self, seat: Seat, tag: Tag, settlement: Settlement) {
-        if let Some((group, log)) = self.seated(seat) {
-            group.settle(seat.key, log, tag, settlement);
+        if let Some(group) = self.groups.get_mut(seat.group) {
+            group.settle(seat, &mut self.log, tag, settlement);
             self.admit_waiting();
         }
     }
@@ -414,7 +434,7 @@ impl State {
         self.waiting = others;
         let refused = theirs.len();
         for waiting in theirs {
-            waiting.receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
+            waiting.out.receipt.fail(Fate::NotPersisted, closed().with_operation("publish"));
             client.waited();
         }
         let log = &self.log;
@@ -444,6 +464,14 @@ impl State {
     }
 }
 
+impl TopicState {
+    /// What its events are stored with; `number` is its own.
+    fn place(&self, number: u32, now: Instant) -> Place {
+        let kept_until = self.retention.map(|retention| after(now, retention));
+        Place { topic: number, owners: self.groups.len() as u32, received: now, kept_until }
+    }
+}
+
 impl Client {
     pub(crate) fn check(&self) -> Result<()> {
         if self.closed.load(SeqCst) { Err(closed()) } else { Ok(()) }
@@ -454,13 +482,6 @@ impl Client {
         if self.waiting.fetch_sub(1, SeqCst) == 1 {
             self.flushed.notify_waiters();
         }
-    }
-}
-
-fn answer(receipt: Receipt, stored: Result<()>) {
-    match stored {
-        Ok(()) => receipt.confirm(),
-        Err(error) => receipt.fail(Fate::NotPersisted, error.with_operation("publish")),
     }
 }
 

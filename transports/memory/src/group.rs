@@ -1,5 +1,6 @@
 //! A subscription and its instances: who is handed what.
 
+use crate::broker::Seat;
 use crate::log::{Id, Log};
 use crate::slot::{Item, Slot, Wait};
 use crate::timers::{Timers, after};
@@ -37,6 +38,8 @@ pub(crate) struct Group {
     gaps: Vec<Gap>,
     /// Which member was woken last, where members share message by message.
     turn: usize,
+    /// Whether any may be hungry, where they do; if not, none is looked for. Who waits and is full is not: settling wakes it.
+    any_hungry: bool,
 }
 
 /// Who is cut off, and for how long what they left open stays away.
@@ -158,6 +161,7 @@ impl Group {
             timers: Timers::default(),
             gaps: Vec::new(),
             turn: 0,
+            any_hungry: false,
         }
     }
 
@@ -264,9 +268,14 @@ impl Group {
                     member.wake();
                 }
             }
-        } else if let Some(key) = self.next_hungry() {
-            self.turn = key;
-            self.members[key].wake();
+        } else if self.any_hungry {
+            match self.next_hungry() {
+                Some(key) => {
+                    self.turn = key;
+                    self.members[key].wake();
+                }
+                None => self.any_hungry = false,
+            }
         }
     }
 
@@ -311,7 +320,7 @@ impl Group {
 
     pub(crate) fn park(&mut self, key: usize, waker: &Waker) {
         let member = &mut self.members[key];
-        (member.parked, member.idle) = (true, true);
+        (member.parked, member.idle, self.any_hungry) = (true, true, true);
         if !member.waker.as_ref().is_some_and(|known| known.will_wake(waker)) {
             member.waker = Some(waker.clone());
         }
@@ -386,16 +395,16 @@ impl Group {
     // ---- Settling ----
 
     /// Settles what a member was handed; a stale tag settles nothing.
-    pub(crate) fn settle(&mut self, key: usize, log: &mut Log, tag: Tag, settlement: Settlement) {
-        let reserved = self.reserved(key);
-        let member = &mut self.members[key];
-        let was_full = member.is_full() || reserved > 0;
+    pub(crate) fn settle(&mut self, seat: Seat, log: &mut Log, tag: Tag, settlement: Settlement) {
+        let Some(member) = self.member(seat.key, seat.instance) else { return };
+        let was_full = member.is_full();
         let live = member.epoch.load(Relaxed) == tag.epoch;
         let Some(mut out) = live.then(|| member.out.try_remove(tag.seq as usize)).flatten() else {
             member.flushed.stale += 1;
             return;
         };
         member.flushed.applied += 1;
+        let parked = member.parked;
         self.slots[out.slot as usize].open -= 1;
         match settlement {
             Settlement::Ack => log.settle(out.item.id),
@@ -405,8 +414,8 @@ impl Group {
                 self.release(log, out, ABANDONED_BACKOFF);
             }
         }
-        if was_full || self.replay.is_some() {
-            self.members[key].wake();
+        if parked && (was_full || self.replay.is_some() || self.reserved(seat.key) > 0) {
+            self.members[seat.key].wake();
         }
         self.pass_on(out.slot);
     }

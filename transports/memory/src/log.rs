@@ -25,6 +25,16 @@ pub(crate) struct Entry {
     size: usize,
 }
 
+/// What an event of a topic is stored with.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) topic: u32,
+    /// How many subscriptions have to settle it.
+    pub(crate) owners: u32,
+    pub(crate) received: Instant,
+    pub(crate) kept_until: Option<Instant>,
+}
+
 /// All that is stored, within a limit of bytes.
 ///
 /// Events of topics stay after the last subscription settled them, for replays, up to `retain` bytes: exactly
@@ -86,27 +96,43 @@ impl Log {
     }
 
     /// Stores what is not read from a topic, or not yet; one owner settles it.
-    pub(crate) fn hold(&mut self, message: Arc<Message>, received: Instant) -> Id {
-        let size = message.size();
-        self.charge(size);
-        let topic = ADDRESSED;
-        self.entries.insert(Entry { message, position: 0, received, kept_until: None, topic, owners: 1, size }) as Id
+    pub(crate) fn hold(&mut self, message: Arc<Message>, size: usize, received: Instant) -> Id {
+        let place = Place { topic: ADDRESSED, owners: 1, received, kept_until: None };
+        self.insert(message, size, 0, place)
+    }
+
+    fn insert(&mut self, message: Arc<Message>, size: usize, position: u64, place: Place) -> Id {
+        let Place { topic, owners, received, kept_until } = place;
+        self.used += size;
+        self.entries.insert(Entry { message, position, received, kept_until, topic, owners, size }) as Id
     }
 
     /// Gives what is held its place in the order.
     pub(crate) fn place(&mut self, id: Id) -> u64 {
-        let position = self.next;
-        self.next += 1;
+        let position = self.next_position();
         self.entries[id as usize].position = position;
         position
     }
 
-    /// Makes what is held an event of a topic; `times` are when it was received and until when it is kept.
-    pub(crate) fn publish(&mut self, id: Id, topic: u32, owners: u32, times: (Instant, Option<Instant>)) {
+    /// Stores a message as an event of a topic.
+    pub(crate) fn append(&mut self, message: Arc<Message>, size: usize, place: Place) -> Id {
+        let (position, owners) = (self.next_position(), place.owners);
+        let id = self.insert(message, size, position, place);
+        self.arrived(id, owners, size);
+        id
+    }
+
+    /// Makes what is held an event of a topic.
+    pub(crate) fn publish(&mut self, id: Id, place: Place) {
         self.place(id);
+        let Place { topic, owners, received, kept_until } = place;
         let entry = &mut self.entries[id as usize];
-        (entry.topic, entry.owners, (entry.received, entry.kept_until)) = (topic, owners, times);
+        (entry.topic, entry.owners, entry.received, entry.kept_until) = (topic, owners, received, kept_until);
         let size = entry.size;
+        self.arrived(id, owners, size);
+    }
+
+    fn arrived(&mut self, id: Id, owners: u32, size: usize) {
         self.arrivals.push_back(id);
         if owners == 0 {
             self.retained += size;
@@ -157,7 +183,7 @@ impl Log {
         self.used -= size;
     }
 
-    /// The next position of what is stored elsewhere.
+    /// The next position, also of what is stored elsewhere.
     pub(crate) fn next_position(&mut self) -> u64 {
         self.next += 1;
         self.next - 1
@@ -193,9 +219,8 @@ mod tests {
     use crate::testing::{message, message_of_size};
 
     fn publish(log: &mut Log, size: usize, owners: u32) -> Id {
-        let id = log.hold(message_of_size("a.b", size).into(), Instant::now());
-        log.publish(id, 0, owners, (Instant::now(), None));
-        id
+        let place = Place { topic: 0, owners, received: Instant::now(), kept_until: None };
+        log.append(message_of_size("a.b", size).into(), size, place)
     }
 
     fn positions(log: &Log) -> Vec<u64> {
@@ -235,7 +260,9 @@ mod tests {
     #[test]
     fn what_is_sent_to_an_address_is_gone_when_settled() {
         let mut log = Log::new(1 << 20, 1 << 20);
-        let id = log.hold(message("a.b").into(), Instant::now());
+        let message = message("a.b");
+        let size = message.size();
+        let id = log.hold(message.into(), size, Instant::now());
         assert_eq!(log.place(id), 1);
         assert_eq!(log.read().count(), 0);
         log.settle(id);

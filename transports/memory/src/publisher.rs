@@ -3,7 +3,6 @@
 use crate::broker::{Broker, Client};
 use std::sync::Arc;
 use tidings_core::transport::{Outgoing, Publisher};
-use tokio::time::Instant;
 
 /// The publisher of one transport.
 ///
@@ -18,7 +17,6 @@ impl Publisher for MemoryPublisher {
     fn submit(&self, batch: &mut dyn Iterator<Item = Outgoing>) {
         let mut state = self.broker.lock();
         state.advance();
-        let now = Instant::now();
-        batch.for_each(|out| state.submit(&self.client, out, now));
+        state.submit(&self.client, batch);
     }
 }

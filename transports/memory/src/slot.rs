@@ -84,7 +84,16 @@ impl Slot {
     }
 
     /// The next to hand out; nothing but what recovers unless `newer` may come too.
+    #[inline]
     pub(crate) fn next(&mut self, log: &Log, newer: bool) -> Option<Item> {
+        // As it mostly is: nothing was given back.
+        if newer && self.recovering.is_empty() && self.returned.is_empty() && self.lanes.is_empty() {
+            return Some(Item { id: self.unread.pop_front()?, hand_outs: 0, lost: 0 });
+        }
+        self.next_in_order(log, newer)
+    }
+
+    fn next_in_order(&mut self, log: &Log, newer: bool) -> Option<Item> {
         if let Some(first) = self.recovering.first_entry()
             && first.get().1 <= Instant::now()
         {

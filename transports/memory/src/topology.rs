@@ -71,10 +71,14 @@ impl State {
 
     /// The number of a topic, which is created when it is first published to.
     pub(crate) fn topic(&mut self, space: usize, topic: &Topic) -> u32 {
-        match self.spaces[space].topics.get(topic) {
+        if self.topics.get(self.last as usize).is_some_and(|last| last.space == space && last.topic == *topic) {
+            return self.last;
+        }
+        self.last = match self.spaces[space].topics.get(topic) {
             Some(topic) => *topic,
             None => self.create_topic(space, topic, 1),
-        }
+        };
+        self.last
     }
 
     fn create_topic(&mut self, space: usize, topic: &Topic, slots: u32) -> u32 {

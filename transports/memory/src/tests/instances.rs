@@ -84,6 +84,29 @@ async fn work_passes_on_when_who_was_woken_for_it_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_waits_is_found_again_after_all_were_full() {
+    let t = connect();
+    let full = || SubscriptionSpec { max_in_flight: 1, ..unordered("s", &["a.b"]) };
+    let (mut a, mut b) = (open(&t, full()).await, open(&t, full()).await);
+    (0..2).for_each(|i| publish(&t, "a.b", "", i));
+    let (first, second) = (a.next().await, b.next().await);
+    a.nothing();
+    let waiting = tokio::spawn(async move { (b.next().await, b) });
+    tokio::task::yield_now().await;
+    // Both wait and neither can take this: one takes it when it settles, and is woken for what comes after that.
+    publish(&t, "a.b", "", 2);
+    second.acker.ack();
+    let (third, mut b) = waiting.await.unwrap();
+    assert_eq!(said(&third), "2");
+    third.acker.ack();
+    let waiting = tokio::spawn(async move { b.expect("3").await.acker.ack() });
+    tokio::task::yield_now().await;
+    publish(&t, "a.b", "", 3);
+    waiting.await.unwrap();
+    ack([first]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn with_one_slot_one_is_active_and_the_others_stand_by() {
     let t = connect();
     let mut a = open(&t, spec("s", &["a.b"])).await;
