@@ -351,11 +351,16 @@ impl Driver {
         }
         self.looked = Instant::now();
         // What does not answer now is asked again.
-        if recovering {
-            let _ = self.look_at_recovery().await;
+        let looked = if recovering {
+            self.look_at_recovery().await
         } else if self.tells_gaps() {
-            let _ = self.look_for_gap().await;
-        }
+            self.look_for_gap().await
+        } else {
+            Ok(())
+        };
+        // Who asks for no messages learns of a deletion only here.
+        let gone = looked.is_err_and(|failure| failure.is_not_found());
+        self.doubtful |= gone && self.instance.catalog.provision == Provision::Create;
     }
 
     /// What was settled, or expired, since the takeover does not come.

@@ -348,6 +348,26 @@ async fn what_was_given_back_to_a_consumer_that_is_deleted_comes_again() {
 }
 
 #[tokio::test]
+async fn what_is_held_is_kept_when_its_consumer_is_deleted() {
+    for ordering in [Ordering::Key, Ordering::None] {
+        let server = Server::with_streams("");
+        let transport = connect(NatsConfig { ack_wait: Duration::from_secs(10), ..server.config() }).await;
+        let spec = SubscriptionSpec { max_in_flight: 1, ..spec(&["shop.order"], ordering) };
+        let mut subscription = transport.subscribe(spec).await.unwrap();
+        publish(&transport, "1").await;
+        let held = next(&mut subscription).await;
+        api(&transport, "CONSUMER.DELETE.shop.crm", "").await;
+        // A full subscription asks for nothing, and looks.
+        until_consumer(&transport, "shop.crm", "\"name\":\"crm\"").await;
+        held.acker.ack();
+        // It hears the ack when it has sent the message itself.
+        until_consumer(&transport, "shop.crm", "\"ack_floor\":{\"consumer_seq\":1").await;
+        let flushed = subscription.close(Instant::now() + PATIENCE).await;
+        assert_eq!((flushed.applied, flushed.stale, flushed.unknown), (1, 0, 0), "{ordering:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_consumer_that_is_built_again_does_not_begin_before_its_subscription() {
     for ordering in [Ordering::Key, Ordering::None] {
         let server = Server::with_streams("");
@@ -360,29 +380,51 @@ async fn a_consumer_that_is_built_again_does_not_begin_before_its_subscription()
     }
 }
 
+/// The subscription is full and asks for nothing, so nothing tells it of the deletion.
 #[tokio::test]
 async fn a_stream_that_another_has_built_again_is_not_taken_for_the_old_one() {
     for ordering in [Ordering::Key, Ordering::None] {
         let server = Server::with_streams("");
         let [transport, other] = [connect(server.config()).await, connect(server.config()).await];
-        let mut subscription = transport.subscribe(spec(&["shop.order"], ordering)).await.unwrap();
+        let spec = SubscriptionSpec { max_in_flight: 1, ..spec(&["shop.order"], ordering) };
+        let mut subscription = transport.subscribe(spec.clone()).await.unwrap();
         publish(&transport, "1").await;
         let held = next(&mut subscription).await;
         assert!(api(&transport, "STREAM.DELETE.shop", "").await.contains("true"));
-        let subscriptions = vec![spec(&["shop.order"], ordering)];
-        other.provision(&Topology { topics: Vec::new(), subscriptions }).await.unwrap();
+        other.provision(&Topology { topics: Vec::new(), subscriptions: vec![spec] }).await.unwrap();
         publish(&other, "2").await;
         let delivery = next(&mut subscription).await;
-        assert_eq!(
-            &delivery.message.payload[..],
-            b"2",
-            "{ordering:?}: its position is that of the message that is held"
-        );
+        assert_eq!(&delivery.message.payload[..], b"2", "{ordering:?}: at the position of what is held");
         held.acker.ack();
         delivery.acker.ack();
         let flushed = subscription.close(Instant::now() + PATIENCE).await;
         assert_eq!((flushed.applied, flushed.stale), (1, 1), "{ordering:?}: what was held is gone");
     }
+}
+
+/// As a stream does that was created before the server had removed the files of the one before.
+#[tokio::test]
+async fn a_stream_that_does_not_answer_is_told_in_time_and_stores_what_is_sent_again_once() {
+    let server = Server::with_streams("");
+    let transport = connect(NatsConfig { request_timeout: Duration::from_secs(1), ..server.config() }).await;
+    publish(&transport, "1").await;
+    let set_no_ack = async |no_ack: bool| {
+        let info: serde_json::Value = serde_json::from_str(&api(&transport, "STREAM.INFO.shop", "").await).unwrap();
+        let mut config = info["config"].clone();
+        config["no_ack"] = no_ack.into();
+        let updated = api(&transport, "STREAM.UPDATE.shop", &config.to_string()).await;
+        assert!(!updated.contains("\"error\""), "{updated}");
+    };
+    set_no_ack(true).await;
+    let post = [(Destination::Topic(topic("shop.order")), message("2"), None, false)];
+    let failures = timeout(PATIENCE, submit_and_wait(&*transport.publisher(), &post)).await.expect("an answer");
+    let failure = &failures[0].1;
+    assert_eq!((failure.fate, failure.error.kind()), (Fate::PossiblyPersisted, ErrorKind::Timeout), "{failure:?}");
+    assert!(failure.error.is_transient(), "core sends it again");
+    set_no_ack(false).await;
+    assert!(submit_and_wait(&*transport.publisher(), &post).await.is_empty());
+    let info = api(&transport, "STREAM.INFO.shop", "").await;
+    assert!(info.contains("\"messages\":2"), "{info}");
 }
 
 #[tokio::test]
