@@ -6,7 +6,7 @@
 use crate::connection::connects;
 use crate::state::SourceId;
 use crate::subscription::Instance;
-use async_nats::{Subject, Subscriber};
+use async_nats::{StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use parking_lot::Mutex;
@@ -145,6 +145,7 @@ pub(crate) async fn write(instance: Arc<Instance>, inbox: String, mut answers: S
         tokio::select! {
             biased;
             answer = answers.next() => match answer {
+                Some(answer) if answer.status == Some(StatusCode::NO_RESPONDERS) => unheard(&instance, &answer.subject, &mut sent),
                 Some(answer) => confirm(&instance, &answer.subject, &mut sent),
                 None => return,
             },
@@ -180,9 +181,28 @@ async fn send(instance: &Instance, ops: Vec<Op>, inbox: &str, next: &mut u64, se
     }
 }
 
+/// Which batch an answer is about.
+fn number(subject: &str) -> Option<u64> {
+    subject.rsplit('.').next().and_then(|number| number.parse().ok())
+}
+
+/// The consumer is gone, or has no leader now. Settlements stay, and are sent again until their leases end; what is given back
+/// comes again without that, from a consumer that is built again.
+fn unheard(instance: &Instance, subject: &str, sent: &mut BTreeMap<u64, Sent>) {
+    let Some((number, batch)) = number(subject).and_then(|number| Some((number, sent.get_mut(&number)?))) else {
+        return;
+    };
+    let count = batch.ops.len();
+    batch.ops.retain(|op| op.tag.is_some());
+    let left = batch.ops.len();
+    if left == 0 {
+        sent.remove(&number);
+    }
+    instance.writer.done(count - left);
+}
+
 fn confirm(instance: &Instance, subject: &str, sent: &mut BTreeMap<u64, Sent>) {
-    let number = subject.rsplit('.').next().and_then(|number| number.parse::<u64>().ok());
-    let Some(batch) = number.and_then(|number| sent.remove(&number)) else { return };
+    let Some(batch) = number(subject).and_then(|number| sent.remove(&number)) else { return };
     let count = batch.ops.len();
     if batch.connects == connects(&instance.catalog.api.client) {
         let mut state = instance.state.lock();

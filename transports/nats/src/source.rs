@@ -38,6 +38,13 @@ struct Pull {
     ends: Instant,
 }
 
+/// When a stream and a consumer were created, as the server writes it; empty if that is not known yet.
+#[derive(Default)]
+struct Born {
+    stream: String,
+    consumer: String,
+}
+
 /// Reads one consumer.
 pub(crate) struct Driver {
     instance: Arc<Instance>,
@@ -60,6 +67,11 @@ pub(crate) struct Driver {
     looked: Instant,
     /// The last position of which is known that all before it was read or expired.
     known: u64,
+    /// The last position up to which all is known to be settled, by whichever instance. A consumer that is deleted is built again behind
+    /// it: what others hold, and what was given back, is not known here.
+    settled: u64,
+    /// When the stream and the consumer were created.
+    born: Born,
     /// When that is written down next, so that silence on a topic is not taken for a gap when it is opened again.
     note_known: Instant,
     /// Which connection this is.
@@ -68,6 +80,10 @@ pub(crate) struct Driver {
     cut: bool,
     /// The last message of a replay's consumer.
     last: u64,
+}
+
+fn created(answer: &Value) -> String {
+    answer["created"].as_str().unwrap_or_default().to_owned()
 }
 
 /// Reads until it is told to stop.
@@ -79,6 +95,8 @@ pub(crate) async fn drive(mut driver: Driver, stop: Arc<Notify>) {
         // Before what follows it. What cannot be found out now is looked for again.
         let _ = driver.recall().await;
         let _ = driver.look_for_gap().await;
+    } else if !instance.is_replay() {
+        let _ = driver.meet().await;
     }
     loop {
         let change = instance.change();
@@ -119,10 +137,11 @@ impl Driver {
         end: Option<u64>,
     ) -> Self {
         let now = Instant::now();
+        let before = plan.start.saturating_sub(1);
         Self {
             inbox: instance.catalog.api.client.new_inbox(),
             connects: connects(&instance.catalog.api.client),
-            known: plan.start.saturating_sub(1),
+            known: before,
             instance,
             id,
             plan,
@@ -136,6 +155,8 @@ impl Driver {
             doubtful: false,
             looked: now.checked_sub(LOOK).unwrap_or(now),
             cut: false,
+            settled: before,
+            born: Born::default(),
             note_known: now,
             last: 0,
         }
@@ -330,11 +351,16 @@ impl Driver {
         }
         self.looked = Instant::now();
         // What does not answer now is asked again.
-        if recovering {
-            let _ = self.look_at_recovery().await;
+        let looked = if recovering {
+            self.look_at_recovery().await
         } else if self.tells_gaps() {
-            let _ = self.look_for_gap().await;
-        }
+            self.look_for_gap().await
+        } else {
+            Ok(())
+        };
+        // Who asks for no messages learns of a deletion only here.
+        let gone = looked.is_err_and(|failure| failure.is_not_found());
+        self.doubtful |= gone && self.instance.catalog.provision == Provision::Create;
     }
 
     /// What was settled, or expired, since the takeover does not come.
@@ -352,6 +378,10 @@ impl Driver {
         let stream = self.instance.catalog.stream_info(&self.plan.stream).await?;
         let (first, last) = (number(&stream, "/state/first_seq"), number(&stream, "/state/last_seq"));
         let info = self.instance.catalog.consumer(&self.plan.stream, &self.plan.name).await?;
+        if self.is_another(&stream, Some(&info)) {
+            return Ok(());
+        }
+        self.settled = self.settled.max(number(&info, "/ack_floor/stream_seq"));
         let delivered = number(&info, "/delivered/stream_seq");
         let read = self.known.max(delivered);
         if first > read + 1 {
@@ -524,39 +554,66 @@ impl Driver {
 
     async fn rebuild(&mut self) -> Result<()> {
         let catalog = Arc::clone(&self.instance.catalog);
-        match catalog.consumer(&self.plan.stream, &self.plan.name).await {
-            Ok(_) => return Ok(()),
-            Err(failure) if failure.is_not_found() => {}
+        let found = match catalog.consumer(&self.plan.stream, &self.plan.name).await {
+            Ok(found) => Some(found),
+            Err(failure) if failure.is_not_found() => None,
             Err(failure) => return Err(failure.into()),
+        };
+        let stream = match catalog.stream_info(&self.plan.stream).await {
+            Err(failure) if failure.is_not_found() => {
+                self.rebuild_stream().await?;
+                catalog.stream_info(&self.plan.stream).await?
+            }
+            answer => answer?,
+        };
+        let anew = self.is_another(&stream, found.as_ref());
+        if found.is_some() {
+            return Ok(());
         }
         self.pulls.clear();
         self.pin = None;
-        let last = match catalog.stream_info(&self.plan.stream).await {
-            Ok(stream) => number(&stream, "/state/last_seq"),
-            Err(failure) if failure.is_not_found() => {
-                self.rebuild_stream().await?;
-                0
-            }
-            Err(failure) => return Err(failure.into()),
-        };
-        let (lowest, high) = {
-            let state = self.instance.state.lock();
-            state.sources.get(&self.id).map_or((1, 0), |source| (source.lowest(), source.high))
-        };
-        let anew = last < high;
-        if anew {
-            self.instance.state.lock().reset(self.id);
-            self.known = 0;
-        }
         if self.instance.is_replay() {
-            return self.rebuild_replay(if anew { 1 } else { high + 1 }).await;
+            return self.read_on().await.map_err(Error::from);
         }
         if self.plan.start > 0 {
-            self.plan.start = if anew { 1 } else { lowest };
+            self.plan.start = self.settled + 1;
             self.plan.metadata.insert("tidings-start-seq", self.plan.start.to_string());
         }
         tracing::warn!(consumer = %self.plan.name, stream = %self.plan.stream, "the consumer was gone; it is built again");
-        catalog.ensure_consumer(&self.plan).await.map(drop)
+        let built = catalog.ensure_consumer(&self.plan).await?;
+        self.born.consumer = created(&built);
+        if !anew {
+            self.instance.state.lock().begun_again(self.id, number(&stream, "/state/last_seq"));
+        }
+        Ok(())
+    }
+
+    /// Takes note of which stream and consumer these are; whether another stream has the name of the one that was read.
+    fn is_another(&mut self, stream: &Value, consumer: Option<&Value>) -> bool {
+        let is_another = |known: &str, now: &str| !known.is_empty() && known != now;
+        let last = number(stream, "/state/last_seq");
+        let now =
+            Born { stream: created(stream), consumer: consumer.map_or_else(|| self.born.consumer.clone(), created) };
+        let mut state = self.instance.state.lock();
+        let high = state.sources.get(&self.id).map_or(0, |source| source.high);
+        let anew = is_another(&self.born.stream, &now.stream) || (self.born.stream.is_empty() && last < high);
+        if anew {
+            state.reset(self.id);
+            (self.known, self.settled) = (0, 0);
+        } else if is_another(&self.born.consumer, &now.consumer) {
+            state.begun_again(self.id, last);
+        }
+        self.born = now;
+        anew
+    }
+
+    /// Learns which stream and consumer these are.
+    async fn meet(&mut self) -> Result<(), Failure> {
+        let catalog = Arc::clone(&self.instance.catalog);
+        let stream = catalog.stream_info(&self.plan.stream).await?;
+        let info = catalog.consumer(&self.plan.stream, &self.plan.name).await?;
+        self.is_another(&stream, Some(&info));
+        Ok(())
     }
 
     async fn rebuild_stream(&self) -> Result<()> {

@@ -58,6 +58,7 @@ pub(crate) type SourceId = u64;
 pub(crate) struct Held {
     raw: Raw,
     position: u64,
+    stored: SystemTime,
     received: Instant,
     /// Not to be handed out before.
     due: Option<Instant>,
@@ -181,6 +182,13 @@ impl Acked {
         }
     }
 
+    /// Whether this very message was acked: a stream that was created anew counts its positions from the beginning.
+    fn has(&self, held: &Held) -> bool {
+        let stored = held.stored.duration_since(SystemTime::UNIX_EPOCH).map(|since| since.as_nanos());
+        let acked = self.replies.get(&held.position).map(|(_, _, time)| u128::from(*time));
+        acked.is_some() && acked == stored.ok()
+    }
+
     fn replies(&self) -> impl Iterator<Item = Subject> {
         self.replies.iter().map(|(position, (delivered, number, time))| {
             Subject::from(format!("{}.{delivered}.{position}.{number}.{time}.0", self.prefix))
@@ -277,12 +285,6 @@ impl Source {
 
     pub(crate) fn is_out(&self) -> bool {
         !self.open.is_empty()
-    }
-
-    /// The first position that is not settled.
-    pub(crate) fn lowest(&self) -> u64 {
-        let waiting = self.waiting.keys().next().copied();
-        self.open.keys().copied().chain(waiting).min().unwrap_or(self.high + 1)
     }
 
     fn lease_ends(&self, received: Instant, ack_wait: Duration) -> Instant {
@@ -440,7 +442,8 @@ impl State {
                 return self.wake();
             }
         }
-        let held = Held { raw, position: place.position, received: now, due: None, redelivered: false };
+        let (position, stored) = (place.position, place.stored);
+        let held = Held { raw, position, stored, received: now, due: None, redelivered: false };
         if source.kind == Kind::Address
             && let Some(left) = not_due(&held.raw, place.stored)
         {
@@ -472,8 +475,7 @@ impl State {
             (known.raw.reply, known.received) = (held.raw.reply, held.received);
             return;
         }
-        if source.cut.is_some_and(|cut| cut.elapsed() < FORGETFUL) && source.acked.replies.contains_key(&held.position)
-        {
+        if source.cut.is_some_and(|cut| cut.elapsed() < FORGETFUL) && source.acked.has(&held) {
             writer.push(Op::ack(id, held.reply()));
             if let Some(recovery) = source.recovery.as_mut().filter(|recovery| held.position <= recovery.after) {
                 recovery.missing = recovery.missing.saturating_sub(1);
@@ -620,6 +622,16 @@ impl State {
         let Some(source) = self.sources.get_mut(&id) else { return };
         source.cut = Some(Instant::now());
         source.acked.replies().for_each(|reply| writer.push(Op::ack(id, reply)));
+    }
+
+    /// The consumer was built again and begins before what was read: what was acked here comes again, and what others were handed up to
+    /// the position `last`.
+    pub(crate) fn begun_again(&mut self, id: SourceId, last: u64) {
+        let shared = self.mode == Mode::Shared;
+        if let Some(source) = self.sources.get_mut(&id) {
+            source.cut = Some(Instant::now());
+            source.high = if shared { source.high.max(last) } else { source.high };
+        }
     }
 
     /// `op` was not confirmed; whether what it settles is still to be settled.

@@ -13,9 +13,14 @@ use std::str::FromStr;
 use std::time::Duration;
 use tidings_core::transport::{Ordering, Start, SubscriptionSpec, TopicSpec, Topology};
 use tidings_core::{ErrorKind, Result, SubscriptionName, Topic, TopicPattern};
+use tokio::time::sleep;
 
 /// For how long the server knows a publish again.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
+
+/// For how long a name is left alone when what it named is gone. The server says so before it has removed the files: what is created
+/// under the name meanwhile begins with the messages or the state of the old one, and its own files are removed with those.
+const REMOVING: Duration = Duration::from_secs(1);
 
 /// The group in which one client is pinned.
 pub(crate) const GROUP: &str = "keys";
@@ -31,6 +36,8 @@ pub(crate) struct Catalog {
     max_bytes: u64,
     /// Internal streams that are known to exist.
     known: Mutex<HashSet<String>>,
+    /// What was there, `stream` or `stream/consumer`: if it is missing, somebody has deleted it.
+    seen: Mutex<HashSet<String>>,
 }
 
 /// The properties of a topic, as they are kept on the server.
@@ -160,6 +167,7 @@ impl Catalog {
             retention: config.retention,
             max_bytes: config.max_stream_bytes,
             known: Mutex::default(),
+            seen: Mutex::default(),
         }
     }
 
@@ -199,6 +207,7 @@ impl Catalog {
             Err(failure) if failure.is_not_found() => return Ok(false),
             Err(failure) => return Err(failure.into()),
         }
+        self.see(name.clone());
         self.known.lock().insert(name);
         Ok(true)
     }
@@ -219,6 +228,7 @@ impl Catalog {
     async fn create_stream(&self, config: &Value) -> Result<Value> {
         let name = config["name"].as_str().unwrap_or_default();
         let about = |error: tidings_core::Error| error.with_context("stream", name);
+        self.removed(name).await;
         let answer = self.api.call(&format!("STREAM.CREATE.{name}"), config).await.map_err(|f| about(f.into()))?;
         // An old server ignores what it does not know, in silence.
         for key in ["retention", "discard", "max_age", "duplicate_window", "allow_direct", "allow_msg_ttl"] {
@@ -227,6 +237,10 @@ impl Catalog {
                 return Err(about(error(ErrorKind::Unsupported, why)));
             }
         }
+        // Its consumers went with the old one.
+        let consumers = format!("{name}/");
+        self.seen.lock().retain(|seen| !seen.starts_with(&consumers));
+        self.see(name.to_owned());
         Ok(answer)
     }
 
@@ -254,6 +268,17 @@ impl Catalog {
         self.known.lock().clear();
     }
 
+    fn see(&self, name: String) {
+        self.seen.lock().insert(name);
+    }
+
+    /// Waits, before a name is used again, until the server has removed what had it.
+    async fn removed(&self, name: &str) {
+        if self.seen.lock().contains(name) {
+            sleep(REMOVING).await;
+        }
+    }
+
     pub(crate) async fn stream_info(&self, name: &str) -> Result<Value, Failure> {
         self.api.call(&format!("STREAM.INFO.{name}"), &Value::Null).await
     }
@@ -270,6 +295,7 @@ impl Catalog {
             let stream = Stream::read(&answer);
             if stream.holds(&subject) {
                 self.verify_topics(&answer["config"])?;
+                self.see(stream.name.clone());
                 return Ok(Some(stream));
             }
             partly = Some(stream);
@@ -518,7 +544,9 @@ impl Catalog {
             self.forget(&self.names.read_key(stream, consumer)).await?;
             match self.api.call(&format!("CONSUMER.DELETE.{stream}.{consumer}"), &Value::Null).await {
                 Err(failure) if !failure.is_not_found() => return Err(failure.into()),
-                _ => {}
+                // It answers when the files are removed.
+                Ok(_) => drop(self.seen.lock().remove(&format!("{stream}/{consumer}"))),
+                Err(_) => {}
             }
         }
         Ok(())
@@ -615,27 +643,31 @@ impl Catalog {
 
     /// Opens a consumer, creating it if it may be; what the server says of it.
     pub(crate) async fn ensure_consumer(&self, plan: &ConsumerPlan) -> Result<Value> {
-        let about =
-            |error: tidings_core::Error| error.with_context("consumer", format!("{}/{}", plan.stream, plan.name));
+        let name = format!("{}/{}", plan.stream, plan.name);
+        let consumer = self.open_consumer(plan, &name).await;
+        let consumer = consumer.and_then(|found| self.verify_consumer(plan, &found).map(|()| found));
+        let consumer = consumer.map_err(|error| error.with_context("consumer", &name))?;
+        self.see(name);
+        Ok(consumer)
+    }
+
+    async fn open_consumer(&self, plan: &ConsumerPlan, name: &str) -> Result<Value> {
         match self.consumer(&plan.stream, &plan.name).await {
-            Ok(found) => return self.verify_consumer(plan, &found).map(|()| found).map_err(about),
-            Err(failure) if !failure.is_not_found() => return Err(about(failure.into())),
-            Err(_) if self.provision != Provision::Create => {
-                let why = "the consumer does not exist; create it, or set `provision = \"create\"`";
-                return Err(about(error(ErrorKind::NotFound, why)));
-            }
-            Err(_) => {}
+            Err(failure) if failure.is_not_found() => {}
+            answer => return answer.map_err(Into::into),
         }
-        let config = self.consumer_config(plan);
-        let body = json!({ "stream_name": plan.stream, "config": config, "action": "create" });
+        if self.provision != Provision::Create {
+            let why = "the consumer does not exist; create it, or set `provision = \"create\"`";
+            return Err(error(ErrorKind::NotFound, why));
+        }
+        self.removed(name).await;
+        let body = json!({ "stream_name": plan.stream, "config": self.consumer_config(plan), "action": "create" });
         match self.api.call(&format!("CONSUMER.CREATE.{}.{}", plan.stream, plan.name), &body).await {
-            Ok(created) => self.verify_consumer(plan, &created).map(|()| created).map_err(about),
             // Another instance was faster.
             Err(failure) if failure.is(ApiError::CONSUMER_EXISTS) || failure.is(ApiError::CONSUMER_NAME_TAKEN) => {
-                let found = self.consumer(&plan.stream, &plan.name).await.map_err(|f| about(f.into()))?;
-                self.verify_consumer(plan, &found).map(|()| found).map_err(about)
+                self.consumer(&plan.stream, &plan.name).await.map_err(Into::into)
             }
-            Err(failure) => Err(about(failure.into())),
+            answer => answer.map_err(Into::into),
         }
     }
 

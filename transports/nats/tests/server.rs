@@ -280,6 +280,16 @@ async fn tls_is_checked_both_ways() {
     let _ = std::fs::remove_dir_all(dir);
 }
 
+/// Waits until the server says of the consumer what is asked for.
+async fn until_consumer(transport: &NatsTransport, consumer: &str, says: &str) {
+    let asking = async {
+        while !api(transport, &format!("CONSUMER.INFO.{consumer}"), "").await.contains(says) {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, asking).await.expect("in time");
+}
+
 #[tokio::test]
 async fn what_is_deleted_under_a_subscription_is_built_again() {
     for ordering in [Ordering::Key, Ordering::None] {
@@ -292,17 +302,151 @@ async fn what_is_deleted_under_a_subscription_is_built_again() {
         publish(&transport, "2").await;
         let delivery = next(&mut subscription).await;
         assert_eq!(&delivery.message.payload[..], b"2", "{ordering:?}: nothing is read twice, and nothing is missing");
+        let files = server.dir.join("store/jetstream/$G/streams/shop/obs/crm/meta.inf");
+        assert!(
+            files.exists(),
+            "{ordering:?}: the consumer was built before the server had removed the old one's files"
+        );
         delivery.acker.ack();
+        // An ack on its way to a consumer that is deleted with its stream is answered by nobody, and its message is gone.
+        until_consumer(&transport, "shop.crm", "\"num_ack_pending\":0").await;
         assert!(api(&transport, "STREAM.DELETE.shop", "").await.contains("true"));
         publish(&transport, "3").await;
         let delivery = next(&mut subscription).await;
         assert_eq!(&delivery.message.payload[..], b"3", "{ordering:?}");
+        assert!(
+            server.dir.join("store/jetstream/$G/streams/shop/meta.inf").exists(),
+            "{ordering:?}: as the consumer's"
+        );
         delivery.acker.ack();
         let flushed = subscription.close(Instant::now() + PATIENCE).await;
-        // On a loaded machine one ack in some 20 runs stays unanswered by a consumer that was deleted and made again at once. The
-        // cause is not known; what was not acked comes again.
-        assert!((1..=3).contains(&flushed.applied) && flushed.stale == 0, "{flushed:?}");
+        assert_eq!((flushed.applied, flushed.stale, flushed.unknown), (3, 0, 0), "{ordering:?}");
     }
+}
+
+#[tokio::test]
+async fn what_was_given_back_to_a_consumer_that_is_deleted_comes_again() {
+    let server = Server::with_streams("");
+    let transport = connect(server.config()).await;
+    let mut subscription = transport.subscribe(spec(&["shop.order"], Ordering::None)).await.unwrap();
+    publish(&transport, "1").await;
+    next(&mut subscription).await.acker.release(Duration::from_secs(3600));
+    publish(&transport, "2").await;
+    next(&mut subscription).await.acker.ack();
+    until_consumer(&transport, "shop.crm", "\"num_ack_pending\":1").await;
+    api(&transport, "CONSUMER.DELETE.shop.crm", "").await;
+    publish(&transport, "3").await;
+    let again = next(&mut subscription).await;
+    assert_eq!(&again.message.payload[..], b"1", "it was settled by nobody");
+    assert!(again.redelivered);
+    again.acker.ack();
+    let delivery = next(&mut subscription).await;
+    assert_eq!(&delivery.message.payload[..], b"3", "what was acked does not come again");
+    delivery.acker.ack();
+    let flushed = subscription.close(Instant::now() + PATIENCE).await;
+    assert_eq!((flushed.applied, flushed.stale, flushed.unknown), (4, 0, 0));
+}
+
+#[tokio::test]
+async fn what_is_held_is_kept_when_its_consumer_is_deleted() {
+    for ordering in [Ordering::Key, Ordering::None] {
+        let server = Server::with_streams("");
+        let transport = connect(NatsConfig { ack_wait: Duration::from_secs(10), ..server.config() }).await;
+        let spec = SubscriptionSpec { max_in_flight: 1, ..spec(&["shop.order"], ordering) };
+        let mut subscription = transport.subscribe(spec).await.unwrap();
+        publish(&transport, "1").await;
+        let held = next(&mut subscription).await;
+        api(&transport, "CONSUMER.DELETE.shop.crm", "").await;
+        // A full subscription asks for nothing, and looks.
+        until_consumer(&transport, "shop.crm", "\"name\":\"crm\"").await;
+        held.acker.ack();
+        // It hears the ack when it has sent the message itself.
+        until_consumer(&transport, "shop.crm", "\"ack_floor\":{\"consumer_seq\":1").await;
+        let flushed = subscription.close(Instant::now() + PATIENCE).await;
+        assert_eq!((flushed.applied, flushed.stale, flushed.unknown), (1, 0, 0), "{ordering:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_consumer_that_is_built_again_does_not_begin_before_its_subscription() {
+    for ordering in [Ordering::Key, Ordering::None] {
+        let server = Server::with_streams("");
+        let transport = connect(server.config()).await;
+        publish(&transport, "old").await;
+        let mut subscription = transport.subscribe(spec(&["shop.order"], ordering)).await.unwrap();
+        api(&transport, "CONSUMER.DELETE.shop.crm", "").await;
+        publish(&transport, "new").await;
+        assert_eq!(&next(&mut subscription).await.message.payload[..], b"new", "{ordering:?}");
+    }
+}
+
+/// The subscription is full and asks for nothing, so nothing tells it of the deletion.
+#[tokio::test]
+async fn a_stream_that_another_has_built_again_is_not_taken_for_the_old_one() {
+    for ordering in [Ordering::Key, Ordering::None] {
+        let server = Server::with_streams("");
+        let [transport, other] = [connect(server.config()).await, connect(server.config()).await];
+        let spec = SubscriptionSpec { max_in_flight: 1, ..spec(&["shop.order"], ordering) };
+        let mut subscription = transport.subscribe(spec.clone()).await.unwrap();
+        publish(&transport, "1").await;
+        let held = next(&mut subscription).await;
+        assert!(api(&transport, "STREAM.DELETE.shop", "").await.contains("true"));
+        other.provision(&Topology { topics: Vec::new(), subscriptions: vec![spec] }).await.unwrap();
+        publish(&other, "2").await;
+        let delivery = next(&mut subscription).await;
+        assert_eq!(&delivery.message.payload[..], b"2", "{ordering:?}: at the position of what is held");
+        held.acker.ack();
+        delivery.acker.ack();
+        let flushed = subscription.close(Instant::now() + PATIENCE).await;
+        assert_eq!((flushed.applied, flushed.stale), (1, 1), "{ordering:?}: what was held is gone");
+    }
+}
+
+/// As a stream does that was created before the server had removed the files of the one before.
+#[tokio::test]
+async fn a_stream_that_does_not_answer_is_told_in_time_and_stores_what_is_sent_again_once() {
+    let server = Server::with_streams("");
+    let transport = connect(NatsConfig { request_timeout: Duration::from_secs(1), ..server.config() }).await;
+    publish(&transport, "1").await;
+    let set_no_ack = async |no_ack: bool| {
+        let info: serde_json::Value = serde_json::from_str(&api(&transport, "STREAM.INFO.shop", "").await).unwrap();
+        let mut config = info["config"].clone();
+        config["no_ack"] = no_ack.into();
+        let updated = api(&transport, "STREAM.UPDATE.shop", &config.to_string()).await;
+        assert!(!updated.contains("\"error\""), "{updated}");
+    };
+    set_no_ack(true).await;
+    let post = [(Destination::Topic(topic("shop.order")), message("2"), None, false)];
+    let failures = timeout(PATIENCE, submit_and_wait(&*transport.publisher(), &post)).await.expect("an answer");
+    let failure = &failures[0].1;
+    assert_eq!((failure.fate, failure.error.kind()), (Fate::PossiblyPersisted, ErrorKind::Timeout), "{failure:?}");
+    assert!(failure.error.is_transient(), "core sends it again");
+    set_no_ack(false).await;
+    assert!(submit_and_wait(&*transport.publisher(), &post).await.is_empty());
+    let info = api(&transport, "STREAM.INFO.shop", "").await;
+    assert!(info.contains("\"messages\":2"), "{info}");
+}
+
+#[tokio::test]
+async fn a_settlement_that_no_consumer_hears_is_not_counted_as_applied() {
+    let server = Server::with_streams("");
+    let creator = connect(server.config()).await;
+    creator.subscribe(spec(&["shop.order"], Ordering::None)).await.unwrap().close(Instant::now() + PATIENCE).await;
+    let transport = connect(NatsConfig { provision: Provision::Verify, ..server.config() }).await;
+    let mut subscription = transport.subscribe(spec(&["shop.order"], Ordering::None)).await.unwrap();
+    publish(&creator, "1").await;
+    publish(&creator, "2").await;
+    let delivery = next(&mut subscription).await;
+    api(&transport, "CONSUMER.DELETE.shop.crm", "").await;
+    delivery.acker.ack();
+    let begun = Instant::now();
+    let flushed = subscription.close(begun + PATIENCE).await;
+    assert_eq!((flushed.applied, flushed.unknown), (0, 1), "it comes again when the consumer does");
+    assert!(
+        begun.elapsed() < PATIENCE / 2,
+        "its lease ends, and what waits here is given back to nobody: {:?}",
+        begun.elapsed()
+    );
 }
 
 /// As one that was cut off for too long: its claim stands, it reads nothing, and it lives.

@@ -147,3 +147,24 @@ async fn the_window_is_never_exceeded_and_filled_by_what_is_asked_for() {
     assert_eq!(bench.state.wants(bench.id, 0), 0);
     assert_eq!(bench.positions(), [0; 0]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_was_acked_is_acked_again_when_its_consumer_begins_again_and_nothing_else_is() {
+    let mut bench = Bench::new(Mode::Shared, 10);
+    bench.arrive(&[1, 2], "ada");
+    let taken = bench.take();
+    for (position, tag) in taken.into_iter().filter(|(position, _)| *position == 1) {
+        bench.settle(tag, Settlement::Ack);
+        bench.state.applied(&Op::settle(bench.id, raw(position, 1, "ada").reply.unwrap(), b"+ACK", tag.seq));
+    }
+    bench.state.begun_again(bench.id, 3);
+    bench.arrive(&[1, 2, 3, 4], "ada");
+    let mut polled = Polled::default();
+    bench.state.hand_out(100, &bench.settle, &Names::new(""), &mut polled);
+    let handed: Vec<_> = polled.deliveries.iter().map(|delivery| (delivery.position, delivery.redelivered)).collect();
+    assert_eq!(handed, [(3, true), (4, false)], "1 is acked, 2 is out, and 3 may have been handed to others");
+    let mut stranger = raw(1, 1, "ada");
+    stranger.reply = Some("$JS.ACK.a.crm.1.1.1.1800000000000000000.0".into());
+    bench.state.arrive(bench.id, stranger, None, &bench.writer);
+    assert_eq!(bench.positions(), [1], "another message at the position of what was acked");
+}
