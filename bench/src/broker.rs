@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::event::Sample;
 use crate::measure::Meter;
+use crate::scenario::LIMITS;
 use std::sync::Arc;
 use tidings::transport::Transport;
 
@@ -34,6 +35,8 @@ pub trait Broker: Send + Sync + 'static {
     const SETTLED: &'static str;
     /// How many events each loop has, if nothing else is said: what takes a few minutes in all.
     const COUNT: u64 = 30_000;
+    /// How many events are read and not settled at the most, by the transport and by handlers.
+    const IN_FLIGHT: usize = LIMITS.in_flight;
     /// It is in this process, and so is compared with channels too.
     const IN_PROCESS: bool = false;
 

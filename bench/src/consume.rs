@@ -68,11 +68,13 @@ pub struct How {
     pub takes: Duration,
     /// Without one, handlers cannot fail.
     pub fate: Option<Fate>,
+    /// The most that are read and not settled.
+    pub in_flight: usize,
 }
 
 impl Default for How {
     fn default() -> Self {
-        Self { ordering: Ordering::None, workers: 1, takes: Duration::ZERO, fate: None }
+        Self { ordering: Ordering::None, workers: 1, takes: Duration::ZERO, fate: None, in_flight: LIMITS.in_flight }
     }
 }
 
@@ -95,9 +97,10 @@ pub(crate) async fn consume<B: Broker, E: Sample>(
     how: How,
 ) -> Result<()> {
     let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
-    let (filled, how) = (Meter::new(0, meter.total()), how.of(of));
+    let filled = Meter::new(0, meter.total());
+    let how = How { in_flight: B::IN_FLIGHT, ..how.of(of) };
     match of {
-        Loop::Raw(_) | Loop::Transport => prepare::<E>(&transport, how.ordering).await?,
+        Loop::Raw(_) | Loop::Transport => prepare::<E>(&transport, how.ordering, how.in_flight).await?,
         _ if start(&transport) == Start::New => service::<E>(&transport, meter, how).provision(&bus).await?,
         _ => {}
     }
@@ -110,7 +113,7 @@ pub(crate) async fn consume<B: Broker, E: Sample>(
     }
     match of {
         Loop::Raw(raw) => broker.consume::<E>(raw, namespace, LIMITS, meter).await?,
-        Loop::Transport => poll::<E>(&transport, meter, how.ordering).await?,
+        Loop::Transport => poll::<E>(&transport, meter, how).await?,
         _ => {
             let settled = how.fate.map_or(1, Fate::settled);
             serve(&bus, service::<E>(&transport, meter, how), meter, settled).await?;
@@ -124,7 +127,7 @@ pub(crate) async fn round_trip<B: Broker>(broker: &B, of: Loop, namespace: &str,
     let (transport, bus) = provisioned::<B, event::Timed>(broker, namespace).await?;
     let (limits, sent) = (crate::broker::Limits { window: 1, ..LIMITS }, Arc::new(Meter::paced(meter, EVERY)));
     if let Loop::Raw(_) = of {
-        prepare::<event::Timed>(&transport, Ordering::None).await?;
+        prepare::<event::Timed>(&transport, Ordering::None, limits.in_flight).await?;
         broker.round_trip::<event::Timed>(namespace, limits, &sent, meter).await?;
     } else {
         let service = service::<event::Timed>(&transport, meter, How::default());
@@ -136,13 +139,17 @@ pub(crate) async fn round_trip<B: Broker>(broker: &B, of: Loop, namespace: &str,
 }
 
 /// What the transport's loop reads.
-pub(crate) fn polled<E: Sample>(transport: &Arc<dyn Transport>, ordering: Ordering) -> Result<SubscriptionSpec> {
+pub(crate) fn polled<E: Sample>(
+    transport: &Arc<dyn Transport>,
+    ordering: Ordering,
+    in_flight: usize,
+) -> Result<SubscriptionSpec> {
     Ok(SubscriptionSpec {
         name: SubscriptionName::new(POLLED)?,
         topics: vec![Topic::new(E::TOPIC)?.into()],
         ordering,
         start: start(transport),
-        max_in_flight: LIMITS.in_flight,
+        max_in_flight: in_flight,
         max_hold: Duration::MAX,
     })
 }
@@ -153,20 +160,24 @@ fn start(transport: &Arc<dyn Transport>) -> Start {
 }
 
 /// Where there is no log, a queue has to be there before anything is published.
-pub(crate) async fn prepare<E: Sample>(transport: &Arc<dyn Transport>, ordering: Ordering) -> Result<()> {
+pub(crate) async fn prepare<E: Sample>(
+    transport: &Arc<dyn Transport>,
+    ordering: Ordering,
+    in_flight: usize,
+) -> Result<()> {
     if start(transport) == Start::New {
-        let subscriptions = vec![polled::<E>(transport, ordering)?];
+        let subscriptions = vec![polled::<E>(transport, ordering, in_flight)?];
         transport.provision(&Topology { topics: Vec::new(), subscriptions }).await?;
     }
     Ok(())
 }
 
-async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, ordering: Ordering) -> Result<()> {
-    let mut subscription = transport.subscribe(polled::<E>(transport, ordering)?).await?;
+async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, how: How) -> Result<()> {
+    let mut subscription = transport.subscribe(polled::<E>(transport, how.ordering, how.in_flight)?).await?;
     let mut polled = Polled::default();
     let mut more = true;
     while more {
-        poll_fn(|cx| subscription.poll_batch(cx, LIMITS.in_flight, &mut polled)).await?;
+        poll_fn(|cx| subscription.poll_batch(cx, how.in_flight, &mut polled)).await?;
         polled.notices.clear();
         for delivery in polled.deliveries.drain(..) {
             handle::<E>(&delivery.message.payload, meter)?;
@@ -178,7 +189,7 @@ async fn poll<E: Sample>(transport: &Arc<dyn Transport>, meter: &Meter, ordering
 }
 
 pub(crate) fn service<E: Sample>(transport: &Arc<dyn Transport>, meter: &Arc<Meter>, how: How) -> Service {
-    let config = SubscriptionConfig::default().concurrency(how.workers).max_in_flight(LIMITS.in_flight);
+    let config = SubscriptionConfig::default().concurrency(how.workers).max_in_flight(how.in_flight);
     let config = config.ordering(how.ordering).start(start(transport));
     let service = Service::new("bench");
     match how.fate {

@@ -131,6 +131,8 @@ impl Broker for Kafka {
     const PUBLISH: &'static [Raw] = &[PUBLISHED, PUBLISHED_BARE];
     const CONSUME: &'static [Raw] = &[CONSUMED, CONSUMED_READ, CONSUMED_BARE];
     const SETTLED: &'static str = "done with: its offset is stored, and offsets are committed now and then";
+    // A commit tells of all that was settled, and takes a millisecond. The raw loop has no limit: what it has not committed after 50 ms.
+    const IN_FLIGHT: usize = 4_096;
 
     async fn versions(&self) -> Result<String> {
         Ok(format!("Kafka 4.3.1, rdkafka 0.39 with librdkafka {}", get_rdkafka_version().1))

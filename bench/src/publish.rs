@@ -26,7 +26,7 @@ pub(crate) async fn publish<B: Broker, E: Sample>(
     limits: Limits,
 ) -> Result<()> {
     let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
-    prepare::<E>(&transport, Ordering::None).await?;
+    prepare::<E>(&transport, Ordering::None, limits.in_flight).await?;
     match of {
         Loop::Raw(raw) => broker.publish::<E>(raw, namespace, limits, meter).await?,
         Loop::Transport => submit::<E>(&transport, meter).await?,

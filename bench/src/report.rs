@@ -37,11 +37,7 @@ fn head(text: &mut String, environment: &Environment) -> Result {
         processor().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
     )?;
     writeln!(text, "- tokio, multi-threaded, {cores} workers; load of the machine during the run: {}.", load())?;
-    writeln!(
-        text,
-        "- Payload 256 bytes of JSON, if nothing else is said; window {}, in flight {}.\n",
-        LIMITS.window, LIMITS.in_flight
-    )?;
+    writeln!(text, "- Payload 256 bytes of JSON, if nothing else is said; at most {} unconfirmed.\n", LIMITS.window)?;
     writeln!(text, "![How fast it is, compared with raw, in {rounds} rounds]({broker}.svg)\n")
 }
 

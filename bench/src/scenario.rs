@@ -144,7 +144,7 @@ fn consuming<B: Broker>() -> Vec<Plan> {
     let raw = || B::CONSUME.iter().copied().map(Loop::Raw);
     let all = || raw().chain([Loop::Transport, Loop::Sdk]).collect::<Vec<_>>();
     let first = || raw().take(1).chain([Loop::Sdk]).collect::<Vec<_>>();
-    let (open, settled) = (LIMITS.in_flight, B::SETTLED);
+    let (open, settled) = (B::IN_FLIGHT, B::SETTLED);
     vec![
         Plan {
             name: "consume",

@@ -131,7 +131,7 @@ async fn bounded() -> Result<(Arc<dyn Transport>, Arc<Message>)> {
 
 async fn transport(batch: usize, meter: &Arc<Meter>) -> Result<()> {
     let (transport, message) = bounded().await?;
-    let mut subscription = transport.subscribe(polled::<Plain>(&transport, Ordering::None)?).await?;
+    let mut subscription = transport.subscribe(polled::<Plain>(&transport, Ordering::None, LIMITS.in_flight)?).await?;
     let producer = tokio::spawn(submit(transport.publisher(), message, batch, meter.total()));
     let (mut polled, mut more) = (Polled::default(), true);
     while more {

@@ -38,8 +38,8 @@ const AGAIN: Duration = Duration::from_millis(100);
 const PAUSE_AFTER: Duration = Duration::from_millis(200);
 /// After how long without a partition an instance says that it stands by.
 const STAND_BY_AFTER: Duration = Duration::from_secs(1);
-/// The most records taken in one turn.
-const BATCH: usize = 512;
+/// Which part of what is read ahead is taken in one turn: it is handled, and commits are made, while the next is taken.
+const TURNS: usize = 8;
 
 /// A partition: its topic and number.
 type Place = (Arc<str>, i32);
@@ -333,11 +333,12 @@ impl Driver {
         let ready = state.ready();
         if self.is_paused {
             state.call_at = Some(limit / 4);
-            return BATCH;
+            return limit / TURNS;
         }
-        let is_full = ready >= limit || (ready > limit / 2 && self.last_fetch.elapsed() < A_MOMENT);
+        let was_full = self.full_since.is_some() && ready > limit / 2;
+        let is_full = ready >= limit || (was_full && self.last_fetch.elapsed() < A_MOMENT);
         state.call_at = is_full.then_some(limit / 2);
-        if is_full { 0 } else { (limit - ready).min(BATCH) }
+        if is_full { 0 } else { (limit - ready).min(limit / TURNS) }
     }
 
     fn deliver(&self, fetched: Vec<Fetched>) {
