@@ -205,14 +205,14 @@ impl Part {
         lanes.into_iter().chain(later).min()
     }
 
-    /// What is handed out next.
-    pub(crate) fn next(&mut self, now: Instant) -> Next {
+    /// What is handed out next; nothing `newer` than what was given back, unless that may come too.
+    pub(crate) fn next(&mut self, now: Instant, newer: bool) -> Next {
         self.advance(now);
         if let Some((offset, item)) = self.returned.pop_first() {
             self.handed = self.handed.max(offset + 1);
             return Next::Item(item);
         }
-        while let Some(first) = self.unread.front() {
+        while let Some(first) = self.unread.front().filter(|_| newer) {
             if let Some(due) = first.due.filter(|due| *due > now) {
                 return Next::Later(self.next_due().map_or(due, |other| other.min(due)));
             }

@@ -238,7 +238,10 @@ impl State {
         out: &mut Polled,
     ) -> (bool, Option<Instant>, Call) {
         let (now, mut due, mut call) = (Instant::now(), None::<Instant>, Call::Nothing);
-        let mut left = max.min(self.room());
+        let room = self.room();
+        // All room is taken by what was settled, and the broker may have no room to be told of it before what was given back is settled too.
+        let full_of_untold = room == 0 && self.outs.is_empty();
+        let mut left = max.min(room.max(usize::from(full_of_untold)));
         let mut any = false;
         let epochs: Vec<u32> =
             self.parts.range(self.turn..).chain(self.parts.range(..self.turn)).map(|p| *p.0).collect();
@@ -248,7 +251,7 @@ impl State {
         for epoch in epochs {
             while left > 0 {
                 let Some(part) = self.parts.get_mut(&epoch).filter(|part| !part.revoking) else { break };
-                match part.next(now) {
+                match part.next(now, !full_of_untold) {
                     Next::Item(item) => {
                         if let Some(delivery) = self.deliver(epoch, item, settle) {
                             out.deliveries.push(delivery);
@@ -422,4 +425,71 @@ fn tell(epoch: u32, part: &mut Part, reserve: u64) -> Told {
 fn after_now(delay: std::time::Duration) -> Instant {
     let far = std::time::Duration::from_secs(365 * 24 * 3600);
     Instant::now() + delay.min(far)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::part::Kind;
+    use std::time::Duration;
+    use tidings_core::Topic;
+
+    struct Nobody;
+
+    impl Settle for Nobody {
+        fn settle(&self, _: Tag, _: Settlement) {}
+        fn lease(&self, _: Tag) -> Lease {
+            Lease::Lost
+        }
+    }
+
+    fn item(offset: u64) -> Item {
+        let message = Message::new("1".into(), "/s", "shop", Topic::new("shop").unwrap());
+        Item { message: message.into(), offset, hand_outs: 0, marked: false, due: None, further: None }
+    }
+
+    fn handed_out(state: &mut State) -> Vec<(u64, Tag)> {
+        let (settle, mut polled): (Arc<dyn Settle>, _) = (Arc::new(Nobody), Polled::default());
+        state.hand_out(usize::MAX, &settle, &mut polled);
+        let outs = state.outs.iter().map(|(seq, out)| (out.item.offset, Tag { epoch: out.epoch, seq: seq as u64 }));
+        outs.collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_given_back_comes_when_the_metadata_has_no_room_for_what_was_settled_behind_it() {
+        let mut state = State::new(Mode::Shared, 16);
+        let name: Arc<str> = "shop".into();
+        let mut part = Part::new(&name, 0, Kind::Topic, false);
+        part.reserved = u64::MAX;
+        for offset in 0..10_000 {
+            assert!(part.fetched(offset));
+            part.push(item(offset));
+        }
+        state.add(part, &Names::new(""));
+        let minute = Duration::from_secs(60);
+        let mut last = 0;
+        loop {
+            let out = handed_out(&mut state);
+            let Some((newest, _)) = out.last() else { break };
+            last = last.max(*newest);
+            for (offset, tag) in out {
+                let given_back = offset.is_multiple_of(2);
+                let settlement = if given_back { Settlement::Release { after: minute } } else { Settlement::Ack };
+                state.settle(tag, settlement);
+            }
+            state.commits(false, false).iter().for_each(|told| state.told(told, true));
+        }
+        assert!(last > 2_000 && state.room() == 0, "{last}");
+        tokio::time::advance(minute).await;
+        let mut next = 0;
+        while state.parts.values().any(|part| part.prefix < last) {
+            let out = handed_out(&mut state);
+            assert!(!out.is_empty() && out.len() <= 16, "{} out at {next}", out.len());
+            for (offset, tag) in out {
+                next = next.max(offset);
+                state.settle(tag, Settlement::Ack);
+            }
+            state.commits(false, false).iter().for_each(|told| state.told(told, true));
+        }
+    }
 }
