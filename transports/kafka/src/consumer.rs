@@ -208,6 +208,8 @@ pub(crate) struct Driver {
     full_since: Option<Instant>,
     is_paused: bool,
     next_look: Instant,
+    /// When to find out which partitions the client has given up.
+    gaps_at: Option<Instant>,
     /// Until it is first told what it reads.
     unassigned_since: Option<Instant>,
     /// How many partitions of each number were read to their end.
@@ -249,6 +251,7 @@ impl Driver {
             full_since: None,
             is_paused: false,
             next_look: now,
+            gaps_at: None,
             unassigned_since: Some(now),
             ends: HashMap::new(),
         };
@@ -268,6 +271,9 @@ impl Driver {
         loop {
             self.instance.signal.wait(if more { Duration::ZERO } else { self.patience() });
             more = self.fetch();
+            if self.gaps_at.is_some_and(|at| at <= Instant::now()) {
+                self.gaps_at = (!self.find_gaps()).then(|| Instant::now() + AGAIN);
+            }
             self.heed();
             self.change();
             self.commit();
@@ -281,7 +287,8 @@ impl Driver {
     }
 
     fn patience(&self) -> Duration {
-        if !self.changes.is_empty() || self.instance.opening.lock().is_some() || self.full_since.is_some() {
+        let is_due = self.gaps_at.is_some() || self.full_since.is_some();
+        if is_due || !self.changes.is_empty() || self.instance.opening.lock().is_some() {
             return A_MOMENT;
         }
         let (dirty, urgent) = self.instance.state.lock().is_dirty();
@@ -361,7 +368,7 @@ impl Driver {
             KafkaError::MessageConsumptionFatal(code) => {
                 self.instance.state.lock().fail(refused("the group has refused this instance for good", code));
             }
-            _ if code == Some(Code::AutoOffsetReset) => self.find_gaps(),
+            _ if code == Some(Code::AutoOffsetReset) => self.gaps_at = Some(Instant::now()),
             _ if matches!(code, Some(Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed)) => {
                 tracing::warn!(%error, subscription = %self.instance.spec.name, "the cluster refuses to be read");
                 if let Some(opening) = self.instance.opening.lock().take() {
@@ -386,32 +393,36 @@ impl Driver {
         state.wake();
     }
 
-    /// Tells what retention took before it was read, and goes on behind it.
-    fn find_gaps(&mut self) {
+    /// Tells what retention took before it was read, and goes on behind it; whether every partition is read again. The client has given one
+    /// up and does not say which, nor does it read that again by itself: so all are read on, also those that have lost nothing.
+    fn find_gaps(&mut self) -> bool {
+        let mut all = true;
         let parts: Vec<(u32, Place, u64)> = {
             let state = self.instance.state.lock();
             state.parts.iter().map(|(e, p)| (*e, (Arc::clone(&p.name), p.partition), p.read_to)).collect()
         };
         for (epoch, (name, partition), read_to) in parts {
-            let Ok((low, high)) = self.instance.catalog.ends(&name, partition) else { continue };
-            if (low..=high).contains(&read_to) {
+            let Ok((low, high)) = self.instance.catalog.ends(&name, partition) else {
+                all = false;
                 continue;
-            }
+            };
             let place = (name, partition);
             if read_to > high {
                 self.begin_anew(&place, epoch, (low, high));
                 continue;
             }
-            if let Err(error) = self.go_on(&place, low) {
+            if let Err(error) = self.go_on(&place, read_to.max(low)) {
                 tracing::warn!(%error, "a partition cannot be read on");
+                all = false;
                 continue;
             }
             let mut state = self.instance.state.lock();
-            let Some(part) = state.parts.get_mut(&epoch) else { continue };
+            let Some(part) = state.parts.get_mut(&epoch).filter(|_| read_to < low) else { continue };
             part.skip_to(low);
             let topic = part.topic.clone();
             state.tell(Notice::Gap { topic, missed_at_most: low - read_to, from: read_to, to: low });
         }
+        all
     }
 
     /// Reads a partition from its beginning: its log ends before where it was read to, so it was made anew, or has lost its end.
@@ -429,7 +440,8 @@ impl Driver {
     /// Reads a partition from another offset on. The client seeks none that it has given up.
     fn go_on(&self, place: &Place, offset: u64) -> KafkaResult<()> {
         let mut list = list_of([place]);
-        self.consumer.incremental_unassign(&list)?;
+        // After a try that failed it may be unassigned already.
+        let _ = self.consumer.incremental_unassign(&list);
         list.set_partition_offset(&place.0, place.1, at(offset))?;
         self.consumer.incremental_assign(&list)
     }
@@ -577,7 +589,11 @@ impl Driver {
             if self.is_replay() { self.consumer.assign(&list) } else { self.consumer.incremental_assign(&list) };
         taken.map_err(|e| failed(why, e))?;
         // What was paused when it was lost is still paused for the client when it comes back.
-        self.consumer.resume(&list).map_err(|e| failed(why, e))?;
+        if let Err(error) = self.consumer.resume(&list) {
+            // Else it could not be taken on by the next try.
+            let _ = self.consumer.incremental_unassign(&list);
+            return Err(failed(why, error));
+        }
         let mut state = self.instance.state.lock();
         for part in parts {
             let place = (Arc::clone(&part.name), part.partition);
