@@ -397,6 +397,8 @@ impl Driver {
     /// up and does not say which, nor does it read that again by itself: so all are read on, also those that have lost nothing.
     fn find_gaps(&mut self) -> bool {
         let mut all = true;
+        // Each tells its end again.
+        self.ends.clear();
         let parts: Vec<(u32, Place, u64)> = {
             let state = self.instance.state.lock();
             state.parts.iter().map(|(e, p)| (*e, (Arc::clone(&p.name), p.partition), p.read_to)).collect()
