@@ -149,6 +149,8 @@ impl Factory for Nats {
         namespace.clone_into(&mut config.namespace);
         // What a dead instance left open comes back soon enough for a test, and one on a loaded machine is not taken for dead.
         config.ack_wait = std::time::Duration::from_secs(5);
+        config.request_timeout = std::time::Duration::from_secs(15);
+        config.connect_timeout = config.request_timeout;
         let unreachable = |e: std::io::Error| Error::new(ErrorKind::Connection, "no proxy").with_source(e);
         let server = config.servers[0].trim_start_matches("nats://").parse();
         let server = server.map_err(|_| Error::new(ErrorKind::Config, "the url has no ip address and port"))?;

@@ -24,7 +24,7 @@ pub struct Kafka {
 }
 
 /// As many cases run at a time, and a few have two namespaces.
-const LISTENERS: usize = 24;
+const LISTENERS: usize = 32;
 
 /// How long the broker that `scripts/brokers` starts gives members by the protocol of KIP-848.
 const SESSION_848: Duration = Duration::from_secs(6);
@@ -131,8 +131,10 @@ impl Factory for Kafka {
         };
         namespace.clone_into(&mut config.namespace);
         // What a dead instance had is taken over, and what appears is read, soon enough for a test.
-        config.session_timeout = Duration::from_secs(3);
+        config.session_timeout = Duration::from_secs(5);
         config.metadata_refresh = Duration::from_secs(1);
+        // A broker with little of the machine is slow, not gone.
+        (config.connect_timeout, config.request_timeout) = (Duration::from_secs(30), Duration::from_secs(30));
         config.group_protocol = self.protocol;
         Ok(Arc::new(KafkaBroker { config, place }))
     }

@@ -41,6 +41,8 @@ impl Factory for RabbitMq {
         let (url, server) = self.0.get()?;
         let mut direct = RabbitMqConfig::from_url(&url)?;
         direct.namespace = namespace.into();
+        // A server with little of the machine is slow, not gone.
+        direct.timeout_ms = 30_000;
         let broken =
             |error: std::io::Error| Error::new(ErrorKind::Connection, "the proxy does not start").with_source(error);
         let address = format!("{}:{}", direct.host, direct.port.unwrap_or(5672));

@@ -1,5 +1,6 @@
 //! A real broker of a test's own, by `scripts/brokers`: on ports and in a folder that nobody else uses.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -16,22 +17,22 @@ use tidings_core::{Error, ErrorKind, Result};
 /// # Errors
 /// None are found.
 pub fn free_ports(count: usize) -> io::Result<Vec<u16>> {
-    // All are held until all are known, so that no two are the same.
-    let mut held = Vec::with_capacity(count);
-    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
-    for _ in 0..1_000 {
-        if held.len() == count {
-            break;
+    // None is given away twice: what it was given to may not hold it yet.
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().expect("no panic inside");
+    let (mut ports, mut last) = (Vec::with_capacity(count), io::Error::from(io::ErrorKind::AddrInUse));
+    for _ in 0..10_000 {
+        if ports.len() == count {
+            return Ok(ports);
         }
-        match TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(10_000..17_000))) {
-            Ok(listener) => held.push(listener),
+        let port = fastrand::u16(10_000..17_000);
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Ok(_) if given.insert(port) => ports.push(port),
+            Ok(_) => {}
             Err(error) => last = error,
         }
     }
-    if held.len() < count {
-        return Err(last);
-    }
-    held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
+    Err(last)
 }
 
 /// As [`free_ports`], of one.
@@ -42,7 +43,8 @@ pub fn free_port() -> io::Result<u16> {
     Ok(free_ports(1)?[0])
 }
 
-/// A broker that was started for this process; dropped, it is stopped and its data removed.
+/// A broker that was started for this process; dropped, it is stopped and its data removed. That is in `TIDINGS_TEST_DATA`, or where
+/// temporary files are.
 #[derive(Debug)]
 pub struct Server {
     broker: &'static str,
@@ -109,7 +111,8 @@ impl Server {
         let variable = |(name, port): (&&str, u16)| (format!("TIDINGS_TEST_{name}_PORT"), port.to_string());
         let mut variables: Vec<_> = ports.iter().zip(free).map(variable).collect();
         variables.extend(more);
-        let mut server = Self { broker, state: std::env::temp_dir().join(state), variables, url: String::new() };
+        let data = std::env::var_os("TIDINGS_TEST_DATA").map_or_else(std::env::temp_dir, PathBuf::from);
+        let mut server = Self { broker, state: data.join(state), variables, url: String::new() };
         RUNNING.lock().expect("no panic inside").push((broker, server.state.clone()));
         server.up()?;
         server.url = server.run("url")?.trim().to_owned();

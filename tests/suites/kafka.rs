@@ -48,6 +48,22 @@ async fn a_topic_that_is_missing_is_an_error_where_nothing_is_created() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_replicas_than_brokers_are_an_error_that_says_so() {
+    if !is_chosen() {
+        return;
+    }
+    let server = tokio::task::block_in_place(|| Server::shared("kafka")).unwrap();
+    let mut config = KafkaConfig::from_url(server.url()).unwrap();
+    (config.namespace, config.replication) = ("replicated".into(), 3);
+    config.request_timeout = Duration::from_secs(2);
+    let bus = Bus::new(KafkaTransport::connect(config).await.unwrap() as _, tidings::BusConfig::default()).unwrap();
+    let begun = Instant::now();
+    let error = Service::new("crm").on(async |_: Order| ()).start(&bus).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("replication=3"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(30), "after {:?}", begun.elapsed());
+}
+
 // ---- Logins and TLS ----
 
 const PASSWORD: &str = "s3cr:et+/%";

@@ -10,7 +10,7 @@ use tidings_core::{Bus, BusConfig, Clock, Result, Running, Service, Subscription
 use tokio::time::{Instant, sleep, timeout};
 
 /// How long a case waits for one thing that it expects.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The world of one case: a broker of which it sees its own namespace only. Clones are the same.
 #[derive(Clone)]
@@ -60,7 +60,10 @@ impl Env {
     }
 
     pub(crate) fn bus_on(&self, transport: Arc<dyn Transport>) -> Bus {
-        self.bus_with(transport, BusConfig { source: "/suite".into(), ..BusConfig::default() })
+        self.bus_with(
+            transport,
+            BusConfig { source: "/suite".into(), publish_timeout_ms: 60_000, ..BusConfig::default() },
+        )
     }
 
     pub(crate) fn bus_with(&self, transport: Arc<dyn Transport>, config: BusConfig) -> Bus {

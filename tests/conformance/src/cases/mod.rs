@@ -87,7 +87,12 @@ impl Case {
 
     /// Whether no other may run beside it.
     pub(crate) fn is_alone(&self) -> bool {
-        self.needs.iter().any(|need| matches!(need, Need::Alone | Need::Restart))
+        self.needs.contains(&Need::Alone)
+    }
+
+    /// Whether no other may use its broker.
+    pub(crate) fn restarts(&self) -> bool {
+        self.needs.contains(&Need::Restart)
     }
 }
 
