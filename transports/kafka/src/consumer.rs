@@ -710,13 +710,7 @@ impl Driver {
         for part in self.instance.state.lock().parts.values_mut() {
             let place = || (Arc::clone(&part.name), part.partition);
             let wanted = match part.kind {
-                Kind::Later => {
-                    if part.is_paused {
-                        !part.is_low()
-                    } else {
-                        part.is_full()
-                    }
-                }
+                Kind::Later => part.has_enough(limit),
                 _ => self.is_paused && (part.is_paused || part.ready() > 0),
             };
             match (part.is_paused, wanted) {

@@ -10,7 +10,7 @@ use tidings_core::transport::PrefixTracker;
 use tidings_core::{Key, Message, Topic};
 use tokio::time::Instant;
 
-/// How many events that are not due a partition of delays keeps ready.
+/// How many events that are not due a partition of delays keeps ready at the least.
 const RUNG_READY: usize = 64;
 
 /// An event on its way through a partition.
@@ -158,14 +158,16 @@ impl Part {
         if self.kind == Kind::Later { 0 } else { self.unread.len() + self.returned.len() + self.parked }
     }
 
-    /// Whether it is one of delays that keeps enough ready.
-    pub(crate) fn is_full(&self) -> bool {
-        self.kind == Kind::Later && self.unread.len() >= RUNG_READY
+    /// Whether it is one of delays and not to be fetched from: it keeps enough ready, or still does so if it was paused.
+    /// Each fetch after a pause begins anew and brings thousands, so that little may not be kept of much.
+    pub(crate) fn has_enough(&self, read_ahead: usize) -> bool {
+        let enough = RUNG_READY.max(read_ahead / 4);
+        self.kind == Kind::Later && self.unread.len() >= if self.is_paused { enough / 4 } else { enough }
     }
 
-    /// Whether more of it may be fetched, if it was paused.
-    pub(crate) fn is_low(&self) -> bool {
-        self.kind != Kind::Later || self.unread.len() < RUNG_READY / 4
+    /// Whether it is one of delays and waits to be read on.
+    pub(crate) fn is_low(&self, read_ahead: usize) -> bool {
+        self.kind == Kind::Later && self.is_paused && !self.has_enough(read_ahead)
     }
 
     /// Frees what is due.

@@ -75,6 +75,11 @@ pub(crate) struct State {
     pub(crate) further: Vec<(Tag, Item)>,
 }
 
+/// How many events are kept ready at the most.
+pub(crate) fn read_ahead(max_in_flight: usize) -> usize {
+    max_in_flight.clamp(16, 4_096)
+}
+
 /// What a settlement calls for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
@@ -238,7 +243,7 @@ impl State {
         out: &mut Polled,
     ) -> (bool, Option<Instant>, Call) {
         let (now, mut due, mut call) = (Instant::now(), None::<Instant>, Call::Nothing);
-        let room = self.room();
+        let (room, read_ahead) = (self.room(), read_ahead(self.max_in_flight));
         // All room is taken by what was settled, and the broker may have no room to be told of it before what was given back is settled too.
         let full_of_untold = room == 0 && self.outs.is_empty();
         let mut left = max.min(room.max(usize::from(full_of_untold)));
@@ -271,6 +276,9 @@ impl State {
                     }
                     Next::Nothing => break,
                 }
+            }
+            if self.parts.get(&epoch).is_some_and(|part| part.is_low(read_ahead)) {
+                call = Call::Now;
             }
         }
         if self.call_at.is_some_and(|at| self.ready() <= at) {

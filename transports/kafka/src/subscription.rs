@@ -5,7 +5,7 @@ use crate::consumer::{Driver, GroupContext, Signal};
 use crate::error::{client as failed, closed, error};
 use crate::publisher::{KafkaPublisher, Outbox};
 use crate::settle::KafkaSettle;
-use crate::state::{Call, Mode, State};
+use crate::state::{Call, Mode, State, read_ahead};
 use crate::topology::{Catalog, RUNGS, TERMS, Terms, blocking};
 use parking_lot::Mutex;
 use rdkafka::ClientConfig;
@@ -93,7 +93,7 @@ impl Instance {
 
     /// How many events are kept ready at the most.
     pub(crate) fn read_ahead(&self) -> usize {
-        self.spec.max_in_flight.clamp(16, 4_096)
+        read_ahead(self.spec.max_in_flight)
     }
 
     /// Whether the subscription was created to the end. Blocks.

@@ -193,18 +193,34 @@ impl Catalog {
             topic.config = config.to_vec();
             new.push(topic);
         }
-        let why = "a topic cannot be created";
-        let created = self.admin.create_topics(&new, &self.options()).await;
-        for result in created.map_err(|e| failed(why, e))? {
-            match result {
-                Ok(_) | Err((_, Code::TopicAlreadyExists)) => {}
-                Err((name, refused)) => return Err(code(why, refused).with_context("topic", name)),
-            }
-        }
+        self.create_all(&new).await?;
         for (name, partitions) in topics {
             self.wait_for(name, *partitions).await?;
         }
         Ok(())
+    }
+
+    /// Creates those that do not exist. A cluster whose brokers are just being registered, again or for the first time, has too few for any
+    /// replication: that is an error only if it lasts.
+    async fn create_all(&self, topics: &[NewTopic<'_>]) -> Result<()> {
+        let why = "a topic cannot be created";
+        let deadline = Instant::now() + self.timeout();
+        loop {
+            let created = self.admin.create_topics(topics, &self.options()).await.map_err(|e| failed(why, e))?;
+            let refused =
+                created.into_iter().filter_map(Result::err).find(|(_, code)| *code != Code::TopicAlreadyExists);
+            match refused {
+                None => return Ok(()),
+                Some((_, Code::InvalidReplicationFactor)) if Instant::now() < deadline => sleep(AGAIN).await,
+                Some((name, refused)) => {
+                    let error = code(why, refused).with_context("topic", name);
+                    return Err(match refused {
+                        Code::InvalidReplicationFactor => error.with_context("replication", self.config.replication),
+                        _ => error,
+                    });
+                }
+            }
+        }
     }
 
     /// Waits until the brokers know a topic that was created.
