@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use rdkafka::ClientConfig;
 use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::consumer::ConsumerContext;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode as Code;
 use std::sync::Arc;
@@ -144,6 +144,16 @@ impl ClientContext for KafkaContext {
 }
 
 impl ConsumerContext for KafkaContext {}
+
+/// Has a client find out who leads the topics that it was just told to read. By itself it looks once a second for those that it has not heard
+/// of, and reads none of them until then. If nobody answers, that is how it goes on. Blocks for a moment.
+pub(crate) fn acquaint<'a, C: ConsumerContext>(consumer: &BaseConsumer<C>, topics: impl IntoIterator<Item = &'a str>) {
+    for topic in topics {
+        if let Err(error) = consumer.fetch_metadata(Some(topic), Duration::from_secs(1)) {
+            return tracing::debug!(%error, topic, "who leads a topic is not known yet");
+        }
+    }
+}
 
 /// What all clients have in common.
 pub(crate) fn common(config: &KafkaConfig) -> Result<ClientConfig> {

@@ -1,6 +1,6 @@
 //! The thread of one instance: it polls, joins and leaves the group, commits, pauses. Handlers never run on it.
 
-use crate::client::KafkaContext;
+use crate::client::{KafkaContext, acquaint};
 use crate::error::{client as failed, code as refused};
 use crate::marks::{self, Marks};
 use crate::part::{Item, Kind, Part};
@@ -18,7 +18,7 @@ use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::types::{RDKafkaErrorCode as Code, RDKafkaRespErr};
 use rdkafka::{Offset, TopicPartitionList};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -596,6 +596,8 @@ impl Driver {
             let _ = self.consumer.incremental_unassign(&list);
             return Err(failed(why, error));
         }
+        let is_new = |part: &&Part| self.is_replay() || part.kind != Kind::Topic;
+        acquaint(&*self.consumer, parts.iter().filter(is_new).map(|part| &*part.name).collect::<BTreeSet<_>>());
         let mut state = self.instance.state.lock();
         for part in parts {
             let place = (Arc::clone(&part.name), part.partition);

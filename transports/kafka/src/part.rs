@@ -135,12 +135,13 @@ impl Part {
         self
     }
 
-    /// Whether an event is wanted that was fetched: it is not if it was settled by the owner before.
+    /// Whether an event is wanted that was fetched: it is not if it was settled by the owner before, or fetched before, which a client may do
+    /// that was told to pause and to go on.
     pub(crate) fn fetched(&mut self, offset: u64) -> bool {
-        self.read_to = offset + 1;
-        if self.revoking || offset < self.prefix {
+        if self.revoking || offset < self.read_to {
             return false;
         }
+        self.read_to = offset + 1;
         self.tracker.hand_out(offset);
         if !self.before.is_settled(offset) {
             return true;

@@ -1,6 +1,6 @@
 //! Reads parts of partitions, for what is looked up rather than subscribed to.
 
-use crate::client::KafkaContext;
+use crate::client::{KafkaContext, acquaint};
 use crate::error::{client, error};
 use parking_lot::Mutex;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -61,6 +61,7 @@ impl RangeReader {
         let first = Offset::Offset(i64::try_from(range.start).unwrap_or(i64::MAX));
         list.add_partition_offset(topic, partition, first).map_err(|e| client(why, e))?;
         consumer.assign(&list).map_err(|e| client(why, e))?;
+        acquaint(consumer, [topic]);
         let mut deadline = Instant::now() + self.timeout;
         while Instant::now() < deadline {
             match consumer.poll(Duration::from_millis(100)) {

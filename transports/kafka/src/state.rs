@@ -500,4 +500,26 @@ mod tests {
             state.commits(false, false).iter().for_each(|told| state.told(told, true));
         }
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn delayed_events_are_read_on_as_soon_as_few_are_left() {
+        let mut state = State::new(Mode::Shared, 4_096);
+        let name: Arc<str> = "later".into();
+        let mut part = Part::new(&name, 0, Kind::Later, false);
+        part.reserved = u64::MAX;
+        let enough = read_ahead(4_096) / 4;
+        for offset in 0..enough as u64 {
+            assert!(!part.has_enough(4_096), "at {offset}");
+            assert!(part.fetched(offset) && !part.fetched(offset), "once");
+            part.push(item(offset));
+        }
+        part.is_paused = part.has_enough(4_096);
+        assert!(part.is_paused);
+        state.add(part, &Names::new(""));
+        let (settle, mut polled): (Arc<dyn Settle>, _) = (Arc::new(Nobody), Polled::default());
+        let (.., call) = state.hand_out(enough / 2, &settle, &mut polled);
+        assert_ne!(call, Call::Now, "half is left");
+        let (.., call) = state.hand_out(enough / 2 - 1, &settle, &mut polled);
+        assert_eq!((polled.deliveries.len(), call), (enough - 1, Call::Now));
+    }
 }
