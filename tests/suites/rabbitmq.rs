@@ -4,6 +4,7 @@
 mod authority;
 
 use authority::Authority;
+use futures_util::future::join_all;
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::{BufRead, BufReader};
@@ -127,6 +128,28 @@ async fn delays_are_neither_early_nor_blocked() {
     }
     assert_eq!(late, Vec::<String>::new());
     remove(&transport, &config).await;
+}
+
+/// On a server that has nothing of theirs yet, each creates what all need, and what only it needs.
+#[tokio::test]
+async fn many_may_be_the_first_at_once() {
+    let Some((_server, config)) = server("first") else { return };
+    let topic = |number: usize| TopicSpec::new(Topic::new(format!("test.{number}")).unwrap());
+    let first = async |number| {
+        let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
+        transport.provision(&Topology { topics: vec![topic(number)], subscriptions: Vec::new() }).await.unwrap();
+        let _subscription = transport.subscribe(spec()).await.unwrap();
+        let delayed = (Destination::Subscription(spec().name), message("1"), Some(Duration::from_secs(60)), true);
+        let failed = submit_and_wait(&*transport.publisher(), &[delayed]).await;
+        assert!(failed.is_empty(), "{failed:?}");
+        transport
+    };
+    let transports = join_all((0..24).map(first)).await;
+    // It creates nothing: what it does not find fails.
+    let verifying = RabbitMqConfig { provision: Provision::Verify, ..config.clone() };
+    let verifying = RabbitMqTransport::connect(verifying).await.unwrap();
+    verifying.provision(&Topology { topics: (0..24).map(topic).collect(), subscriptions: Vec::new() }).await.unwrap();
+    remove(&transports[0], &config).await;
 }
 
 /// Which of mixed delays were late; none may be early.

@@ -8,7 +8,7 @@ use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{FieldTable, ShortString};
-use lapin::{BasicProperties, Channel};
+use lapin::{BasicProperties, Channel, Consumer};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -122,6 +122,8 @@ fn matches(pattern: &TopicPattern, name: &str) -> bool {
 pub(crate) struct Lock {
     channel: Channel,
     queue: ShortString,
+    /// Dropped, it is cancelled, and the queue is gone.
+    _consumer: Consumer,
 }
 
 impl Lock {
@@ -131,7 +133,7 @@ impl Lock {
         for round in 1.. {
             let channel = link.channel().await?;
             match declare(&channel, &queue).await {
-                Ok(()) => return Ok(Self { channel, queue }),
+                Ok(consumer) => return Ok(Self { channel, queue, _consumer: consumer }),
                 Err(failure) if is_locked(&failure) || is_absent(&failure) => {}
                 Err(failure) => return Err(failed(failure)),
             }
@@ -153,11 +155,11 @@ impl Lock {
 }
 
 /// An exclusive queue is locked for all other connections; its consumer ties it to the channel.
-async fn declare(channel: &Channel, queue: &ShortString) -> lapin::Result<()> {
+async fn declare(channel: &Channel, queue: &ShortString) -> lapin::Result<Consumer> {
     let options = QueueDeclareOptions::exclusive().auto_delete();
     channel.queue_declare(queue.clone(), options, FieldTable::default()).await?;
     let consume = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-    channel.basic_consume(queue.clone(), "".into(), consume, FieldTable::default()).await.map(drop)
+    channel.basic_consume(queue.clone(), "".into(), consume, FieldTable::default()).await
 }
 
 /// Reads the register, lets `change` change it, and writes it back if that has returned `Ok` and it has changed.

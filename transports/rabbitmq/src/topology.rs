@@ -332,6 +332,8 @@ impl Topology {
             let why = "the queue of its dead letters is missing, and nothing may be created";
             return Err(error(ErrorKind::NotFound, why).with_context("subscription", name));
         }
+        // The server does not know a queue while another channel creates it, and says so.
+        let _turn = self.turn.lock().await;
         let work = async { self.dead_letters_in(&self.link.channel().await?, name).await };
         self.link.within("the queue of dead letters", work).await
     }
@@ -342,21 +344,31 @@ impl Topology {
     }
 
     /// Creates the first `count` levels of the delay chain, from its end: a queue in which messages wait, and an exchange
-    /// that takes each to it, or past it.
+    /// that takes each to it, or past it. Whoever else needs them meanwhile waits.
     pub(crate) async fn levels(&self, count: usize) -> Result<()> {
         let count = count.max(FIRST_LEVELS);
+        let _turn = self.turn.lock().await;
+        if self.has_levels(count) {
+            return Ok(());
+        }
+        let lock = Lock::take(&self.link, self.names.lock("delay")?, self.config.timeout()).await?;
+        let created = self.create_levels(count).await;
+        lock.free().await;
+        created?;
+        self.levels.fetch_max(count, SeqCst);
+        Ok(())
+    }
+
+    async fn create_levels(&self, count: usize) -> Result<()> {
         let there = async { present(&self.link.channel().await?, &self.names.delay(count - 1)?).await };
         if self.link.within("the delay chain", there).await.is_ok() {
-            self.levels.fetch_max(count, SeqCst);
             return Ok(());
         }
         for level in self.levels.load(SeqCst)..count {
             let work = async { self.level(&self.link.channel().await?, level).await };
             self.link.within("the delay chain", work).await?;
         }
-        remembered(true).await?;
-        self.levels.fetch_max(count, SeqCst);
-        Ok(())
+        remembered(true).await
     }
 
     async fn level(&self, channel: &Channel, level: usize) -> Result<()> {

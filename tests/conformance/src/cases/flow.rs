@@ -25,6 +25,7 @@ cases!("flow":
     what_is_settled_leaves_nothing_behind [Alone],
     a_long_handler_is_not_handed_out_again,
     what_steps_aside_for_long_holds_nobody_up,
+    a_whole_window_may_step_aside_at_once,
     an_abandoned_delivery_does_not_spin,
     handlers_of_batches_get_batches,
 );
@@ -273,6 +274,25 @@ async fn what_steps_aside_for_long_holds_nobody_up(env: Env) {
             *again - *first
         );
     }
+    drain(running).await;
+}
+
+/// The first copies that a new subscription sends aside are many: what they need is there once, and for all.
+async fn a_whole_window_may_step_aside_at_once(env: Env) {
+    const ALL: u64 = 400;
+    let bus = env.bus();
+    let handler = async |_: Viewed, told: Delivered| match told.attempt {
+        1 => Err(HandlerError::from("not yet")),
+        _ => Ok(()),
+    };
+    let config = settings(&env).retry(soon(2).aside()).max_in_flight(ALL as usize);
+    let service = Service::new("crm").on_with(config, handler);
+    service.provision(&bus).await.unwrap();
+    bus.publish_all(&(0..ALL).map(|page| Viewed { page }).collect::<Vec<_>>()).await.unwrap();
+    let running = start(service, &bus).await;
+    until(&running, "all are over", |stats| stats.handled + stats.dead_lettered, ALL).await;
+    let ended = total(&running, |stats| stats.handled);
+    assert_eq!((ended, total(&running, |stats| stats.retried)), (ALL, ALL), "none is a dead letter");
     drain(running).await;
 }
 
