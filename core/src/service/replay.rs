@@ -59,13 +59,7 @@ impl Service {
             opened.push((transport.replay(planned.replay(from)).await?, planned));
         }
         for (subscription, planned) in opened {
-            let subscribed = Subscribed::new(
-                planned.for_replay(),
-                Arc::clone(&scope),
-                source.clone(),
-                layers.clone(),
-                running.crew(),
-            );
+            let subscribed = Subscribed::new(planned.for_replay(), Arc::clone(&scope), source.clone(), layers.clone());
             running.spawn(Arc::new(Subscribed { replays: true, ..subscribed }), subscription);
         }
         Ok(running)
