@@ -285,7 +285,8 @@ async fn a_whole_window_may_step_aside_at_once(env: Env) {
         1 => Err(HandlerError::from("not yet")),
         _ => Ok(()),
     };
-    let config = settings(&env).retry(soon(2).aside()).max_in_flight(ALL as usize);
+    let all = ALL as usize;
+    let config = settings(&env).retry(soon(2).aside()).max_in_flight(all).concurrency(all);
     let service = Service::new("crm").on_with(config, handler);
     service.provision(&bus).await.unwrap();
     bus.publish_all(&(0..ALL).map(|page| Viewed { page }).collect::<Vec<_>>()).await.unwrap();
