@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 use tidings::prelude::*;
 use tidings_core::transport::{
-    Delivery, Destination, Health, Lease, Ordering, Polled, Start, Subscription, SubscriptionSpec, TopicSpec, Topology,
-    Transport, submit_and_wait,
+    Delivery, Destination, Health, Lease, Ordering, Polled, ReplayFrom, ReplaySpec, Start, Subscription,
+    SubscriptionSpec, TopicSpec, Topology, Transport, submit_and_wait,
 };
 use tidings_core::{BusEvent, Clock, ErrorKind, Message, MessageId, SubscriptionName, Topic};
 use tidings_rabbitmq::{Provision, RabbitMqClient, RabbitMqConfig, RabbitMqTransport};
@@ -150,6 +150,31 @@ async fn many_may_be_the_first_at_once() {
     let verifying = RabbitMqTransport::connect(verifying).await.unwrap();
     verifying.provision(&Topology { topics: (0..24).map(topic).collect(), subscriptions: Vec::new() }).await.unwrap();
     remove(&transports[0], &config).await;
+}
+
+/// A consumer and its channel end together, and the server closes a connection on which a cancel comes behind that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_locks_reads_and_replays_ends_without_breaking_its_connection() {
+    let Some((_server, config)) = server("ends") else { return };
+    let transport = RabbitMqTransport::connect(config.clone()).await.unwrap();
+    let mut events = transport.events().listen();
+    let retained = TopicSpec { retained: true, ..TopicSpec::new(Topic::new("test.a").unwrap()) };
+    transport.provision(&Topology { topics: vec![retained], subscriptions: Vec::new() }).await.unwrap();
+    let dead = (Destination::DeadLetter(spec().name), message("1"), None, true);
+    assert!(submit_and_wait(&*transport.publisher(), &[dead]).await.is_empty());
+    let replay = ReplaySpec { topics: spec().topics, from: ReplayFrom::Beginning, follow: true, max_in_flight: 8 };
+    let letters = transport.dead_letters(&spec().name).await.unwrap();
+    for round in 0..200 {
+        drop(transport.replay(replay.clone()).await.unwrap());
+        // Cut off somewhere, or not.
+        let _ = timeout(Duration::from_millis(round / 8), letters.page(None, 8)).await;
+        let back = async { while letters.count().await.unwrap() == 0 {} };
+        timeout(PATIENCE, back).await.expect("what was cut off is given back");
+    }
+    transport.events().tell(BusEvent::Connected);
+    let told = events.next().await;
+    assert!(matches!(told, Some(BusEvent::Connected)), "nothing was told before: {told:?}");
+    remove(&transport, &config).await;
 }
 
 /// Which of mixed delays were late; none may be early.

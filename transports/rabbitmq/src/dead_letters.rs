@@ -3,16 +3,17 @@
 //! A queue has no positions, so each letter carries its own: the time at which it was sent, in 1/1024 of a microsecond, the
 //! last bits of it random.
 
+use crate::consumers::Consuming;
 use crate::error::{failed, is_absent};
 use crate::link::Link;
 use crate::topology::Topology;
 use crate::wire::{DEAD_POSITION, Fnv, Received, count, decode};
 use async_trait::async_trait;
 use futures_util::StreamExt;
+use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel};
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::Hasher;
 use std::ops::ControlFlow;
@@ -87,30 +88,34 @@ impl RabbitMqDeadLetters {
         if there == 0 {
             return Ok(0);
         }
-        let channel = self.link.within("a channel", self.link.channel()).await?;
-        let seen = self.read(&channel, there, see).await;
+        let mut letters = self.open(there).await?;
+        let seen = self.read(&mut letters, there, see).await;
         // Gives back what is left, in its place.
-        let closed = async { channel.close(200, "read".into()).await.map_err(failed) };
+        let closed = async { letters.channel.close(200, "read".into()).await.map_err(failed) };
         self.link.within("the end of the reading", closed).await?;
         let deleted = seen?;
         self.wait_for(u64::from(there) - deleted.min(there.into())).await?;
         Ok(deleted)
     }
 
-    async fn read(
-        &self,
-        channel: &Channel,
-        there: u32,
-        mut see: impl FnMut(u64, Delivery) -> ControlFlow<bool, bool> + Send,
-    ) -> Result<u64> {
+    async fn open(&self, there: u32) -> Result<Consuming> {
+        let channel = self.link.channel().await?;
         // All of them are held at once; beyond what can be said there is no limit but the queue's own length.
         channel.basic_qos(u16::try_from(there).unwrap_or(0), BasicQosOptions::default()).await.map_err(failed)?;
         let queue = self.topology.names.dead_letters(&self.name)?;
-        let consume =
-            channel.basic_consume(queue, "letters".into(), BasicConsumeOptions::default(), FieldTable::default());
-        let (mut letters, mut deleted) = (consume.await.map_err(failed)?, 0);
+        Consuming::open(channel, queue, "letters".into(), BasicConsumeOptions::default()).await.map_err(failed)
+    }
+
+    async fn read(
+        &self,
+        letters: &mut Consuming,
+        there: u32,
+        mut see: impl FnMut(u64, Delivery) -> ControlFlow<bool, bool> + Send,
+    ) -> Result<u64> {
+        let (channel, consumer, mut deleted) = (&letters.channel, &mut letters.consumer, 0);
         for _ in 0..there {
-            let Ok(Some(letter)) = timeout(SILENCE, letters.next()).await else { break };
+            let next = async { consumer.as_mut()?.next().await };
+            let Ok(Some(letter)) = timeout(SILENCE, next).await else { break };
             let letter = letter.map_err(failed)?;
             let tag = letter.delivery_tag;
             let seen = see(position(&letter), letter);

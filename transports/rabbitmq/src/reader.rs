@@ -1,7 +1,7 @@
 //! Reads the queues of a subscription into its window and writes its settlements: the one owner of its channel, which it
 //! makes anew whenever it is lost.
 
-use crate::consumers::{Came, Consumers};
+use crate::consumers::{Came, Consumers, close_first};
 use crate::error::{error, failed};
 use crate::link::{Link, Outages};
 use crate::members::{GREETING, Greeting, Members};
@@ -67,34 +67,9 @@ pub(crate) struct Session {
     handle: Handle,
 }
 
-/// The client cancels a consumer that is dropped, and then a stand-by overtakes what is still unsettled here: the channel
-/// is closed first, which gives back everything in its place.
 impl Drop for Session {
     fn drop(&mut self) {
-        let (channel, consumers) =
-            (self.channel.clone(), Uncancelled(Some((self.consumers.take(), self.heard.take()))));
-        self.handle.spawn(async move {
-            // An error says that it is closed already.
-            if timeout(Duration::from_secs(10), channel.close(200, "closed".into())).await.is_ok() {
-                consumers.release();
-            }
-        });
-    }
-}
-
-/// Consumers that must not be cancelled, even if their runtime has ended: the channel goes with its connection, and they
-/// are leaked.
-struct Uncancelled<T>(Option<T>);
-
-impl<T> Uncancelled<T> {
-    fn release(mut self) {
-        drop(self.0.take());
-    }
-}
-
-impl<T> Drop for Uncancelled<T> {
-    fn drop(&mut self) {
-        std::mem::forget(self.0.take());
+        close_first(&self.handle, &self.channel, (self.consumers.take(), self.heard.take()));
     }
 }
 

@@ -1,14 +1,15 @@
 //! What topics and subscriptions were created with: AMQP 0-9-1 cannot ask for bindings or arguments, so it is kept as one
 //! message in a queue, which is replaced under a lock.
 
+use crate::consumers::Consuming;
 use crate::error::{error, failed, is_absent, is_locked, late, mismatch};
 use crate::link::Link;
 use crate::names::Names;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
-use lapin::types::{FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Consumer};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -120,10 +121,9 @@ fn matches(pattern: &TopicPattern, name: &str) -> bool {
 
 /// The right to do what nobody else may do meanwhile. It goes with the channel: dropped, it is free.
 pub(crate) struct Lock {
-    channel: Channel,
+    /// The queue is gone with its consumer.
+    consuming: Consuming,
     queue: ShortString,
-    /// Dropped, it is cancelled, and the queue is gone.
-    _consumer: Consumer,
 }
 
 impl Lock {
@@ -131,9 +131,8 @@ impl Lock {
     pub(crate) async fn take(link: &Link, queue: ShortString, time: Duration) -> Result<Self> {
         let deadline = Instant::now() + time;
         for round in 1.. {
-            let channel = link.channel().await?;
-            match declare(&channel, &queue).await {
-                Ok(consumer) => return Ok(Self { channel, queue, _consumer: consumer }),
+            match declare(link.channel().await?, &queue).await {
+                Ok(consuming) => return Ok(Self { consuming, queue }),
                 Err(failure) if is_locked(&failure) || is_absent(&failure) => {}
                 Err(failure) => return Err(failed(failure)),
             }
@@ -149,17 +148,20 @@ impl Lock {
     /// Frees it; when this returns, another may have it.
     pub(crate) async fn free(self) {
         // It goes with the channel if this fails, or is not answered: a server that is short of memory answers nothing.
-        let freed = self.channel.queue_delete(self.queue.clone(), QueueDeleteOptions::default());
+        let freed = self.consuming.channel.queue_delete(self.queue.clone(), QueueDeleteOptions::default());
         let _ = timeout(FREED, freed).await;
     }
 }
 
-/// An exclusive queue is locked for all other connections; its consumer ties it to the channel.
-async fn declare(channel: &Channel, queue: &ShortString) -> lapin::Result<Consumer> {
+/// An exclusive queue is locked for all other connections; its consumer ties it to the channel. If it never gets one,
+/// because nobody waits any more, it expires.
+async fn declare(channel: Channel, queue: &ShortString) -> lapin::Result<Consuming> {
     let options = QueueDeclareOptions::exclusive().auto_delete();
-    channel.queue_declare(queue.clone(), options, FieldTable::default()).await?;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-expires".into(), AMQPValue::LongInt(5_000));
+    channel.queue_declare(queue.clone(), options, arguments).await?;
     let consume = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-    channel.basic_consume(queue.clone(), "".into(), consume, FieldTable::default()).await
+    Consuming::open(channel, queue.clone(), "".into(), consume).await
 }
 
 /// Reads the register, lets `change` change it, and writes it back if that has returned `Ok` and it has changed.

@@ -1,5 +1,6 @@
 //! Reads retained topics again: the stream of each, from its start, a time or a position.
 
+use crate::consumers::close_first;
 use crate::error::{error, failed};
 use crate::link::Link;
 use crate::reader::{now_us, write_frames};
@@ -14,11 +15,12 @@ use lapin::message::Delivery;
 use lapin::options::{BasicConsumeOptions, BasicPublishOptions, BasicQosOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tidings_core::transport::{PrefixTracker, ReplayFrom, ReplaySpec};
 use tidings_core::{Backoff, ErrorKind, Result};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
@@ -54,10 +56,17 @@ struct Log {
 
 struct Session {
     channel: Channel,
+    handle: Handle,
     streams: SelectAll<BoxStream<'static, (usize, Option<lapin::Result<Delivery>>)>>,
     acks: Acks,
     /// By delivery tag, which offset of which log it was.
-    offsets: std::collections::HashMap<u64, (usize, u64)>,
+    offsets: HashMap<u64, (usize, u64)>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        close_first(&self.handle, &self.channel, std::mem::take(&mut self.streams));
+    }
 }
 
 impl Replay {
@@ -137,18 +146,19 @@ impl Replay {
         let channel = self.link.channel().await?;
         let prefetch = u16::try_from(self.spec.max_in_flight.div_ceil(self.logs.len()).max(1)).unwrap_or(u16::MAX);
         channel.basic_qos(prefetch, BasicQosOptions::default()).await.map_err(failed)?;
-        let mut streams = SelectAll::new();
+        let (handle, streams) = (Handle::current(), SelectAll::new());
+        let mut session = Session { channel, handle, streams, acks: Acks::default(), offsets: HashMap::new() };
         for (n, log) in self.logs.iter().enumerate().filter(|(_, log)| !log.complete || log.tracker.open() > 0) {
             let mut arguments = FieldTable::default();
             arguments.insert("x-stream-offset".into(), self.offset(log));
             let (queue, tag) = (log.queue.clone(), crate::error::short(format!("replay-{n}"))?);
             let options = BasicConsumeOptions::default();
-            let consumer = channel.basic_consume(queue, tag, options, arguments).await.map_err(failed)?;
+            let consumer = session.channel.basic_consume(queue, tag, options, arguments).await.map_err(failed)?;
             let ended = futures_util::stream::once(async move { (n, None) });
-            streams.push(consumer.map(move |came| (n, Some(came))).chain(ended).boxed());
+            session.streams.push(consumer.map(move |came| (n, Some(came))).chain(ended).boxed());
         }
         self.desk.window.lock().open();
-        Ok(Session { channel, streams, acks: Acks::default(), offsets: std::collections::HashMap::new() })
+        Ok(session)
     }
 
     /// Where to read from: where it was, if it was read before.
