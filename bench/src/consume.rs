@@ -2,16 +2,18 @@
 
 use crate::Result;
 use crate::broker::Broker;
-use crate::event::{self, Sample, handle};
+use crate::event::{self, Plain, Sample, handle};
 use crate::measure::Meter;
-use crate::publish::{publish_all, publish_each};
+use crate::publish::{message, publish_all, publish_each};
 use crate::scenario::{LIMITS, Loop, provisioned};
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 use tidings::handler::{Attempt, State};
-use tidings::transport::{Ordering, Polled, Start, SubscriptionSpec, Topology, Transport};
-use tidings::{Bus, HandlerError, RetryPolicy, Service, SubscriptionConfig, SubscriptionName, Topic};
+use tidings::transport::{
+    Destination, Ordering, Polled, Start, SubscriptionSpec, TopicSpec, Topology, Transport, submit_and_wait,
+};
+use tidings::{Bus, Event, HandlerError, RetryPolicy, Service, SubscriptionConfig, SubscriptionName, Topic};
 use tokio::time::Instant;
 
 /// The subscription of the transport's loop, and of raw loops where there is no log.
@@ -27,6 +29,8 @@ pub const EVERY: Duration = Duration::from_millis(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     Handled,
+    /// Another event is returned, which is published before it is settled.
+    Answered,
     /// It fails once, and comes again as a copy.
     Aside,
     /// It fails once, and is held.
@@ -38,7 +42,7 @@ impl Fate {
     fn policy(self) -> RetryPolicy {
         let policy = RetryPolicy::default().backoff(BACKOFF, BACKOFF).without_jitter();
         match self {
-            Self::Handled | Self::InOrder => policy.in_order(),
+            Self::Handled | Self::Answered | Self::InOrder => policy.in_order(),
             Self::Aside => policy.aside(),
             Self::DeadLettered => RetryPolicy::none(),
         }
@@ -47,7 +51,7 @@ impl Fate {
     /// Whether the run of this number fails.
     fn fails(self, attempt: u32) -> bool {
         match self {
-            Self::Handled => false,
+            Self::Handled | Self::Answered => false,
             Self::Aside | Self::InOrder => attempt == 1,
             Self::DeadLettered => true,
         }
@@ -99,6 +103,20 @@ pub(crate) async fn consume<B: Broker, E: Sample>(
     let (transport, bus) = provisioned::<B, E>(broker, namespace).await?;
     let filled = Meter::new(0, meter.total());
     let how = How { in_flight: B::IN_FLIGHT, ..how.of(of) };
+    if let Some(Fate::Answered | Fate::Aside) = how.fate {
+        // Somebody waits for the answers, as for all events.
+        let topics = vec![TopicSpec::new(Topic::new(Plain::TOPIC)?)];
+        transport.provision(&Topology { topics, subscriptions: Vec::new() }).await?;
+        prepare::<Plain>(&transport, Ordering::None, how.in_flight).await?;
+    }
+    if how.fate == Some(Fate::Aside) && start(&transport) == Start::New {
+        // The first delay in a namespace may have to create what all need.
+        let (to, topic) = (Destination::Subscription(SubscriptionName::new(POLLED)?), Topic::new(Plain::TOPIC)?);
+        let delayed = (to, message::<Plain>(0, &topic)?, Some(BACKOFF), false);
+        if let Some((_, failure)) = submit_and_wait(&*transport.publisher(), &[delayed]).await.pop() {
+            return Err(failure.error.into());
+        }
+    }
     match of {
         Loop::Raw(_) | Loop::Transport => prepare::<E>(&transport, how.ordering, how.in_flight).await?,
         _ if start(&transport) == Start::New => service::<E>(&transport, meter, how).provision(&bus).await?,
@@ -222,14 +240,14 @@ async fn failing<E: Sample>(
     event: E,
     Attempt(attempt): Attempt,
     State((meter, fate)): State<(Arc<Meter>, Fate)>,
-) -> Result<(), HandlerError> {
+) -> Result<Option<Plain>, HandlerError> {
     meter.begin();
     event::handled(&event, &meter);
     let fails = fate.fails(attempt);
     if !fails || fate == Fate::DeadLettered {
         meter.tick();
     }
-    if fails { Err("as it should".into()) } else { Ok(()) }
+    if fails { Err("as it should".into()) } else { Ok((fate == Fate::Answered).then(|| Plain::new(0))) }
 }
 
 /// So many deliveries were settled as the broker does it, which need not confirm it.

@@ -36,7 +36,7 @@ pub enum Loop {
     All,
     /// So many handlers at a time, each of which takes 10 ms.
     Slow(usize),
-    /// Handlers that may fail.
+    /// Handlers that may fail, or return something.
     Failing(Fate),
 }
 
@@ -50,6 +50,7 @@ impl Loop {
             Self::Slow(1) => "SDK, one handler",
             Self::Slow(_) => "SDK, 64 handlers",
             Self::Failing(Fate::Handled) => "SDK, handled at once",
+            Self::Failing(Fate::Answered) => "SDK, answered",
             Self::Failing(Fate::InOrder) => "SDK, retried in order",
             Self::Failing(Fate::Aside) => "SDK, retried aside",
             Self::Failing(Fate::DeadLettered) => "SDK, dead-lettered",
@@ -179,14 +180,14 @@ fn consuming<B: Broker>() -> Vec<Plan> {
             loops: vec![Loop::Slow(1), Loop::Slow(64)],
         },
         Plan {
-            name: "failures",
+            name: "answers and failures",
             what: format!(
-                "500 keys and 16 workers. Each event fails once, and is retried after {BACKOFF:?}, held in its order or aside as a \
-                 confirmed copy; or its one failure makes it a dead letter, which is confirmed. From the first run on. Compared with the same handler when it \
-                 does not fail: no native client does this, so nothing is raw here."
+                "500 keys and 16 workers. Each event has its handler return another, which is confirmed; or fails once, and is retried after \
+                 {BACKOFF:?}, held in its order or aside as a confirmed copy; or its one failure makes it a dead letter, which is confirmed. From the \
+                 first run on. Compared with the same handler when it neither returns anything nor fails: no native client does this, so nothing is raw here."
             ),
             scenario: Scenario::Failures,
-            loops: [Fate::Handled, Fate::InOrder, Fate::Aside, Fate::DeadLettered].map(Loop::Failing).into(),
+            loops: [Fate::Handled, Fate::Answered, Fate::InOrder, Fate::Aside, Fate::DeadLettered].map(Loop::Failing).into(),
         },
     ]
 }

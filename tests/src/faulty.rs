@@ -18,7 +18,7 @@ pub enum Fault {
     Refuse(Error),
     /// The broker has it, but its answer is lost.
     LoseAnswer,
-    /// Nothing answers, for ever.
+    /// Nothing answers, until it is told to.
     Silence,
 }
 
@@ -39,7 +39,7 @@ pub struct Faulty {
 #[derive(Default)]
 struct Shared {
     faults: Mutex<Option<Faults>>,
-    /// Receipts that are never answered.
+    /// Receipts that were not answered.
     silent: Mutex<Vec<Receipt>>,
 }
 
@@ -65,6 +65,15 @@ impl Faulty {
     /// If a test panicked in one.
     pub fn set(&self, faults: impl FnMut(&Destination, &Message) -> Option<Fault> + Send + 'static) {
         *self.faults.faults.lock().expect("no panic inside") = Some(Box::new(faults));
+    }
+
+    /// What was not answered is answered, as confirmed.
+    ///
+    /// # Panics
+    /// If a test panicked in a fault.
+    pub fn confirm(&self) {
+        let silent = std::mem::take(&mut *self.faults.silent.lock().expect("no panic inside"));
+        silent.into_iter().for_each(Receipt::confirm);
     }
 
     /// What was never answered is answered, with a failure.

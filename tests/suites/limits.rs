@@ -9,7 +9,7 @@ use tidings::prelude::*;
 use tidings::transport::Fate;
 use tidings::{Error, header};
 use tidings_tests::faulty::{Fault, Faulty};
-use tidings_tests::{Order, Seen, Viewed, bus, dead_letters, eventually, order};
+use tidings_tests::{Invoice, Order, Seen, Viewed, bus, dead_letters, eventually, order};
 use tokio::sync::{Barrier, Notify};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -48,6 +48,81 @@ async fn concurrency_is_of_the_subscription_however_many_handlers_it_has() {
     }
     eventually("all handled", || async { running.stats().all(|(_, stats)| stats.handled == 100) }).await;
     assert_eq!(gauge.0.1.load(SeqCst), 2);
+}
+
+/// Handlers return invoices, which nobody confirms for a while.
+async fn unconfirmed(in_flight: usize) -> (Bus, Arc<Faulty>, Seen<u64>, tidings::Running) {
+    let ((bus, faulty), sent) = (Faulty::bus(|_| ()).await, Seen::default());
+    faulty.set({
+        let sent: Seen<u64> = sent.clone();
+        move |_, message| {
+            let invoice = Invoice::decode("application/json", 1, &message.payload).ok();
+            invoice.filter(|_| message.event_type == Invoice::NAME).map(|invoice| {
+                sent.push(invoice.number);
+                Fault::Silence
+            })
+        }
+    });
+    let config = SubscriptionConfig::default().concurrency(1).max_in_flight(in_flight);
+    let bill = async |order: Order, State(gauge): State<Gauge>| {
+        gauge.run().await;
+        assert_eq!(gauge.0.1.load(SeqCst), 1, "one run at a time");
+        Invoice { customer: order.customer, number: order.number }
+    };
+    let service = Service::new("billing").state(Gauge::default()).on_with(config, bill);
+    let running = service.start(&bus).await.unwrap();
+    (bus, faulty, sent, running)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_waits_for_no_confirmation_unless_its_key_does() {
+    let (bus, faulty, sent, running) = unconfirmed(8).await;
+    for number in 0..10 {
+        bus.publish(&order(&format!("c{number}"), number)).await.unwrap();
+        bus.publish(&order("ada", 100 + number)).await.unwrap();
+    }
+    let handled = || running.stats().map(|(_, stats)| (stats.handled, stats.in_flight)).next().unwrap();
+    // Of ada the first alone is run; her others, and what the window has no room for, wait.
+    assert_eq!(sent.count(5).await, [0, 100, 1, 2, 3], "in the order of their runs");
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!((sent.all().len(), handled()), (5, (0, 8)), "what is not confirmed is not done with");
+    let mut rounds = 0;
+    while handled().0 < 20 {
+        faulty.confirm();
+        sleep(Duration::from_millis(100)).await;
+        rounds += 1;
+    }
+    assert!((10..15).contains(&rounds), "one of ada in each round: {rounds}");
+    let ada: Vec<_> = sent.all().into_iter().filter(|number| *number >= 100).collect();
+    assert_eq!(ada, (100..110).collect::<Vec<_>>());
+    assert_eq!(running.drain(Duration::from_secs(5)).await.abandoned, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_confirmations_until_its_deadline_and_what_has_none_comes_again() {
+    let (bus, faulty, sent, running) = unconfirmed(8).await;
+    for number in 0..3 {
+        bus.publish(&order(&format!("c{number}"), number)).await.unwrap();
+    }
+    sent.count(3).await;
+    let confirm = async {
+        sleep(Duration::from_secs(1)).await;
+        faulty.confirm();
+    };
+    let (drained, ()) = tokio::join!(running.drain(Duration::from_secs(5)), confirm);
+    assert_eq!((drained.abandoned, drained.given_back, drained.flushed.applied), (0, 0, 3));
+    let (again, config) = (Seen::<(u64, bool)>::default(), SubscriptionConfig::default().concurrency(1));
+    let bill = async |order: Order, told: Delivered, State(again): State<Seen<(u64, bool)>>| {
+        again.push((order.number, told.possible_duplicate));
+        Invoice { customer: order.customer, number: order.number }
+    };
+    let service = || Service::new("billing").state(again.clone()).on_with(config.clone(), bill);
+    let running = service().start(&bus).await.unwrap();
+    bus.publish(&order("bob", 3)).await.unwrap();
+    again.count(1).await;
+    assert_eq!(running.drain(Duration::from_secs(1)).await.abandoned, 1);
+    let _running = service().start(&bus).await.unwrap();
+    assert_eq!(again.count(2).await, [(3, false), (3, true)]);
 }
 
 #[tokio::test(start_paused = true)]

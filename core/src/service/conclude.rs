@@ -1,18 +1,19 @@
 //! How a delivery ends: acked after what its handler returned is confirmed, held, sent aside, or dead-lettered.
 
+use super::Subscribed;
 use super::lanes::Job;
 use super::outage::Told;
-use super::worker::Worker;
 use crate::dead_letter::Burial;
 use crate::error::{clean_line, one_line};
-use crate::handler::Verdict;
+use crate::handler::{Ended, Outputs, Verdict};
 use crate::publish::{Post, repeat_of};
 use crate::transport::{Destination, Lease};
 use crate::{
-    Backoff, BusEvent, DeadLetterReason, Error, ErrorKind, HandlerError, Message, MessageId, Result, RetryMode,
-    RetryPolicy, header,
+    Backoff, BusEvent, DeadLetterReason, Error, ErrorKind, HandlerError, Key, Message, MessageId, Result, RetryMode,
+    RetryPolicy, Topic, header,
 };
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -117,9 +118,33 @@ fn next_step(failure: &Failure, job: &Job, policy: &RetryPolicy, mode: RetryMode
     }
 }
 
-impl Worker {
+/// What comes of the runs of one worker, one after another.
+pub(super) struct Conclusion {
+    subscribed: Arc<Subscribed>,
+    /// What the handler returned.
+    pub(super) outputs: Outputs,
+    /// What that is sent as, kept for its room.
+    posts: Vec<Post>,
+}
+
+impl Conclusion {
+    pub(super) fn new(subscribed: Arc<Subscribed>) -> Self {
+        let outputs = Outputs::new(subscribed.source.clone(), subscribed.scope.bus.content_type().clone());
+        Self { subscribed, outputs, posts: Vec::new() }
+    }
+
+    /// Ends a run of one job, or of a batch.
+    pub(super) async fn conclude_run(&mut self, first: Job, more: Vec<Job>, result: Result<(), Failure>) {
+        if more.is_empty() {
+            let result = result.and_then(|()| self.of_one());
+            let _settled = self.conclude(first, result).await;
+        } else {
+            self.conclude_batch(first, more, result).await;
+        }
+    }
+
     /// Ends a run of one job, and says whether that settled it: if not, it runs again, here or where its lease is.
-    pub(super) async fn conclude(&mut self, job: Job, result: Result<(), Failure>) -> bool {
+    async fn conclude(&mut self, job: Job, result: Result<(), Failure>) -> bool {
         let published = match result {
             Ok(()) => self.publish_outputs(&job, &[]).await,
             Err(failure) => Err(failure),
@@ -135,7 +160,7 @@ impl Worker {
 
     /// Publishes what the handler returned, all of it checked before the first is sent. `others` were handled together
     /// with `job`, and take part in the ids.
-    pub(super) async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<Published, Failure> {
+    async fn publish_outputs(&mut self, job: &Job, others: &[Job]) -> Result<Published, Failure> {
         let subscribed = &self.subscribed;
         let lost = |job: &Job| job.delivery.acker.lease() == Lease::Lost && !subscribed.has_successor(job.id);
         if self.outputs.messages.is_empty() {
@@ -286,6 +311,71 @@ impl Worker {
         let (subscription, id) = (self.subscribed.name.clone(), job.delivery.message.id.clone());
         let (attempts, error) = (job.failures.attempts, failure.error.into());
         self.subscribed.scope.bus.tell().tell(BusEvent::Retry { subscription, id, attempts, delay, error });
+    }
+
+    /// The result of the only event of a batch, if its handler returned one for each.
+    fn of_one(&mut self) -> Result<(), Failure> {
+        let Some(mut each) = self.outputs.each.take() else { return Ok(()) };
+        match (each.pop(), each.len()) {
+            (Some((_, result)), 0) => result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry)),
+            (last, before) => {
+                let count = before + usize::from(last.is_some());
+                let error = format!("the handler returned {count} results for one event").into();
+                Err(Failure::handler(&error, &self.subscribed.config.retry))
+            }
+        }
+    }
+
+    /// A batch ends as one, unless it has a result for each event; if it failed, its jobs run again one by one, and that
+    /// run counts for none of them.
+    async fn conclude_batch(&mut self, first: Job, more: Vec<Job>, result: Result<(), Failure>) {
+        let each = self.outputs.each.take();
+        let jobs: Vec<_> = std::iter::once(first).chain(more).collect();
+        let published = match (result, each, jobs.split_first()) {
+            (Ok(()), Some(each), _) if each.len() == jobs.len() => return self.conclude_each(jobs, each).await,
+            (Ok(()), None, Some((first, more))) => self.publish_outputs(first, more).await.ok(),
+            _ => None,
+        };
+        if let Some(published) = published {
+            return jobs.into_iter().for_each(|job| self.subscribed.settle(job, published));
+        }
+        self.subscribed.counters.failed.fetch_add(1, Relaxed);
+        self.put_back(jobs, true);
+    }
+
+    /// Each job ends by its own result; those behind one that is to run again, in its lane, run again after it.
+    async fn conclude_each(&mut self, jobs: Vec<Job>, each: Vec<Ended>) {
+        let mut outputs = std::mem::take(&mut self.outputs.messages).into_iter();
+        let (mut behind, mut start) = (Vec::new(), 0);
+        let mut waiting: Vec<(Topic, Key)> = Vec::new();
+        for (job, (end, result)) in jobs.into_iter().zip(each) {
+            // What the one before has left unpublished, for want of its lease, is not this one's.
+            self.outputs.messages.clear();
+            self.outputs.messages.extend(outputs.by_ref().take(end - start));
+            start = end;
+            let Message { topic, key, .. } = &*job.delivery.message;
+            let lane = key.as_ref().filter(|_| self.subscribed.keeps_order).map(|key| (topic.clone(), key.clone()));
+            if lane.as_ref().is_some_and(|lane| waiting.contains(lane)) {
+                behind.push(job);
+                continue;
+            }
+            let result = result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry));
+            let settled = self.conclude(job, result).await;
+            waiting.extend(lane.filter(|_| !settled));
+        }
+        self.put_back(behind, false);
+    }
+
+    /// Puts jobs back into their lanes, to be run again; `alone` if a batch with them has failed.
+    fn put_back(&self, jobs: Vec<Job>, alone: bool) {
+        let now = Instant::now();
+        self.subscribed.with_lanes(|lanes| {
+            for mut job in jobs {
+                job.alone |= alone;
+                lanes.hold(job, now);
+            }
+        });
+        self.subscribed.pump.notify_one();
     }
 }
 

@@ -78,7 +78,8 @@ impl SubscriptionConfig {
         self
     }
 
-    /// How many runs of its handlers go on at a time in this instance. Default: 16.
+    /// How many runs of its handlers go on at a time in this instance. What a run returned, and its retry aside or dead letter,
+    /// is confirmed beside the next runs. Default: 16.
     #[must_use]
     pub fn concurrency(mut self, runs: usize) -> Self {
         self.concurrency = runs;

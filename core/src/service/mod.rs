@@ -2,6 +2,7 @@
 
 mod conclude;
 mod config;
+mod crew;
 pub(crate) mod lanes;
 mod outage;
 mod pump;
@@ -20,6 +21,7 @@ use crate::handler::{
 use crate::transport::{Acker, Capabilities, Ordering, Role, SubscriptionSpec, Topology};
 use crate::{Bus, BusEvent, Capable, Error, ErrorKind, HandlerError, Result, RetryMode, SubscriptionName, Text};
 use conclude::Published;
+use crew::Crew;
 use lanes::{Job, JobId, Lanes};
 use outage::{Outage, Told};
 use parking_lot::Mutex;
@@ -30,6 +32,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio::sync::Notify;
+use worker::Worker;
 
 /// How long [`Service::run`] lets handlers finish after a signal, unless said otherwise.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -161,7 +164,8 @@ impl Service {
         let mut running = Running::new();
         for planned in planned {
             let subscription = bus.transport().subscribe(planned.spec.clone()).await?;
-            let subscribed = Subscribed::new(planned, Arc::clone(&scope), source.clone(), layers.clone());
+            let subscribed =
+                Subscribed::new(planned, Arc::clone(&scope), source.clone(), layers.clone(), running.crew());
             running.spawn(Arc::new(subscribed), subscription);
         }
         Ok(running)
@@ -286,6 +290,9 @@ pub(crate) struct Subscribed {
     runs: AtomicUsize,
     /// By route: there is something to run.
     ready: Vec<Notify>,
+    crew: Arc<Crew>,
+    /// By route: how many of its workers do not wait for a confirmation.
+    free: Vec<AtomicUsize>,
     /// There is room again, or a hold has changed.
     pump: Notify,
     role: Mutex<Option<Role>>,
@@ -309,10 +316,12 @@ impl Finished {
 }
 
 impl Subscribed {
-    fn new(planned: Planned, scope: Arc<Scope>, source: Text, layers: Option<Next>) -> Self {
+    fn new(planned: Planned, scope: Arc<Scope>, source: Text, layers: Option<Next>, crew: &Arc<Crew>) -> Self {
         let Planned { spec, config, routes } = planned;
         Self {
             source,
+            crew: Arc::clone(crew),
+            free: routes.iter().map(|_| AtomicUsize::new(0)).collect(),
             layers,
             retry_mode: config.retry_mode(spec.ordering),
             keeps_order: spec.ordering == Ordering::Key,
@@ -334,6 +343,27 @@ impl Subscribed {
             routes,
             config,
         }
+    }
+
+    /// Adds a worker that runs a handler.
+    fn hire(self: &Arc<Self>, route: usize) {
+        self.free[route].fetch_add(1, Relaxed);
+        self.crew.add(Arc::clone(&self.routes[route]).work(Worker::new(Arc::clone(self), route)));
+    }
+
+    /// A worker waits for a confirmation, and does not come back for the next run: another does. There are to be as many as may run; they
+    /// stay, so there may come to be one for each event in flight.
+    fn relieve(self: &Arc<Self>, route: usize) {
+        if self.free[route].fetch_sub(1, Relaxed) <= self.config.concurrency {
+            self.hire(route);
+        } else {
+            self.with_lanes(|_| {});
+        }
+    }
+
+    /// It waits no more.
+    fn relieved(&self, route: usize) {
+        self.free[route].fetch_add(1, Relaxed);
     }
 
     /// Whether one more run may go on.

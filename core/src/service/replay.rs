@@ -59,7 +59,13 @@ impl Service {
             opened.push((transport.replay(planned.replay(from)).await?, planned));
         }
         for (subscription, planned) in opened {
-            let subscribed = Subscribed::new(planned.for_replay(), Arc::clone(&scope), source.clone(), layers.clone());
+            let subscribed = Subscribed::new(
+                planned.for_replay(),
+                Arc::clone(&scope),
+                source.clone(),
+                layers.clone(),
+                running.crew(),
+            );
             running.spawn(Arc::new(Subscribed { replays: true, ..subscribed }), subscription);
         }
         Ok(running)

@@ -1,8 +1,8 @@
 //! A service that runs: its tasks, its numbers, its end.
 
 use super::Subscribed;
+use super::crew::Crew;
 use super::pump::{Pumped, pump};
-use super::worker::Worker;
 use crate::transport::{Flushed, Health, Role, Subscription};
 use crate::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
@@ -19,8 +19,7 @@ use tokio::time::{Instant, timeout_at};
 pub struct Running {
     stop: watch::Sender<bool>,
     subscribed: Vec<Arc<Subscribed>>,
-    /// Before the pumps, so that dropping ends what works on leases before it ends the leases.
-    workers: JoinSet<()>,
+    workers: Arc<Crew>,
     pumps: JoinSet<Pumped>,
     /// Subscriptions that have ended by themselves, still to be closed. Locked, so that this can be shared.
     ended: Mutex<Vec<Box<dyn Subscription>>>,
@@ -29,7 +28,7 @@ pub struct Running {
 /// How a drain ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
-    /// Runs that were cut off at the deadline; their events will be delivered again.
+    /// Runs that were cut off at the deadline, or whose outcome was not confirmed by then; their events will be delivered again.
     pub abandoned: usize,
     /// Events that were here and not started; they were given back.
     pub given_back: usize,
@@ -55,7 +54,7 @@ pub struct Stats {
     pub published: u64,
     /// Events here and unsettled now.
     pub in_flight: usize,
-    /// Runs going on now.
+    /// Runs going on now, and those of which what they returned, a copy or a dead letter is not confirmed yet.
     pub running: usize,
     /// All recent runs failed for now: it probes with one event at a time ([`OutagePolicy`](crate::OutagePolicy)).
     pub outage: bool,
@@ -93,14 +92,16 @@ impl Counters {
 impl Running {
     pub(super) fn new() -> Self {
         let stop = watch::Sender::new(false);
-        Self { stop, subscribed: Vec::new(), pumps: JoinSet::new(), workers: JoinSet::new(), ended: Mutex::default() }
+        Self { stop, subscribed: Vec::new(), pumps: JoinSet::new(), workers: Arc::default(), ended: Mutex::default() }
+    }
+
+    pub(super) fn crew(&self) -> &Arc<Crew> {
+        &self.workers
     }
 
     pub(super) fn spawn(&mut self, subscribed: Arc<Subscribed>, subscription: Box<dyn Subscription>) {
-        for (route, handler) in subscribed.routes.iter().enumerate() {
-            for _ in 0..subscribed.config.concurrency {
-                self.workers.spawn(Arc::clone(handler).work(Worker::new(Arc::clone(&subscribed), route)));
-            }
+        for route in 0..subscribed.routes.len() {
+            (0..subscribed.config.concurrency).for_each(|_| subscribed.hire(route));
         }
         self.pumps.spawn(pump(subscription, Arc::clone(&subscribed), self.stop.subscribe()));
         self.subscribed.push(subscribed);
@@ -224,9 +225,10 @@ impl Running {
         while let Some(pumped) = self.pumps.join_next().await {
             subscriptions.extend(pumped.ok().map(|pumped| pumped.subscription));
         }
-        while let Ok(Some(_)) = timeout_at(deadline, self.workers.join_next()).await {}
+        let _ = timeout_at(deadline, self.workers.finished()).await;
         drained.abandoned = self.subscribed.iter().map(|subscribed| subscribed.lanes.lock().running()).sum();
-        self.workers.shutdown().await;
+        self.workers.end();
+        self.workers.finished().await;
         for subscribed in &self.subscribed {
             let rest = subscribed.lanes.lock().clear();
             drained.given_back += rest.len();
@@ -239,6 +241,13 @@ impl Running {
             drained.flushed.unknown += flushed.unknown;
         }
         drained
+    }
+}
+
+/// What works on leases ends before the pumps, and with them the leases.
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.workers.end();
     }
 }
 

@@ -1,13 +1,12 @@
 //! Runs handlers and concludes their deliveries.
 
 use super::Subscribed;
-use super::conclude::Failure;
+use super::conclude::{Conclusion, Failure};
 use super::lanes::Job;
-use crate::handler::{Context, Ended, IntoOutcome, Next, Outcome, Outputs, Request};
-use crate::publish::Post;
+use crate::handler::{Context, IntoOutcome, Next, Outcome, Request};
 use crate::time::before;
 use crate::transport::Lease;
-use crate::{Error, ErrorKind, Key, Message, Result, Topic};
+use crate::{Error, ErrorKind, Message, Result};
 use futures_util::FutureExt;
 use std::any::Any;
 use std::future::{Future, poll_fn};
@@ -26,9 +25,7 @@ pub(crate) struct Worker {
     /// The most jobs of one run.
     batch: usize,
     run: Run,
-    pub(super) outputs: Outputs,
-    /// What the outputs are sent as, kept for its room.
-    pub(super) posts: Vec<Post>,
+    conclusion: Conclusion,
 }
 
 /// What one call of the handler works on: one job, or for a batch at least one. Kept in its worker, because moving it from
@@ -45,6 +42,13 @@ impl Run {
     fn jobs(&self) -> impl Iterator<Item = &Job> {
         self.first.iter().chain(&self.more)
     }
+
+    /// Another run may begin in the place of this one, if one waits for that.
+    fn end_turn(&mut self, subscribed: &Subscribed) {
+        if std::mem::take(&mut self.goes_on) {
+            subscribed.end_turn();
+        }
+    }
 }
 
 impl Drop for Worker {
@@ -55,10 +59,8 @@ impl Drop for Worker {
 
 impl Worker {
     pub(crate) fn new(subscribed: Arc<Subscribed>, route: usize) -> Self {
-        let bus = &subscribed.scope.bus;
-        let outputs = Outputs::new(subscribed.source.clone(), bus.content_type().clone());
-        let batch = subscribed.batch_of(route);
-        Self { subscribed, route, batch, run: Run::default(), outputs, posts: Vec::new() }
+        let (batch, conclusion) = (subscribed.batch_of(route), Conclusion::new(Arc::clone(&subscribed)));
+        Self { subscribed, route, batch, run: Run::default(), conclusion }
     }
 
     /// Waits for what is to be run next; `false` when the service stops.
@@ -136,11 +138,8 @@ impl Worker {
         should_read.is_some()
     }
 
-    /// Another run may begin in the place of this one, if one waits for that.
     fn end_turn(&mut self) {
-        if std::mem::take(&mut self.run.goes_on) {
-            self.subscribed.end_turn();
-        }
+        self.run.end_turn(&self.subscribed);
     }
 
     /// Runs the handler and concludes: acks after what it returned is confirmed, or retries, or dead-letters.
@@ -150,8 +149,8 @@ impl Worker {
     where
         F: Future<Output: IntoOutcome> + Send + 'static,
     {
-        self.outputs.messages.clear();
-        self.outputs.each = None;
+        self.conclusion.outputs.messages.clear();
+        self.conclusion.outputs.each = None;
         let result = match (self.suspected(), self.subscribed.layers.clone()) {
             (Some(failure), _) => Err(failure),
             (None, None) => {
@@ -195,22 +194,27 @@ impl Worker {
         }
     }
 
+    /// Concludes a run. While that waits for a confirmation, another worker may run the next: each would else cost a round trip to the broker.
+    /// What is published is nevertheless in the order in which runs end.
     async fn end_run(&mut self, result: Result<(), Failure>) {
-        if let Some(first) = self.run.first.take() {
-            let more = std::mem::take(&mut self.run.more);
-            if more.is_empty() {
-                let result = result.and_then(|()| self.of_one());
-                let _settled = self.conclude(first, result).await;
-            } else {
-                self.conclude_batch(first, more, result).await;
-            }
+        let Some(first) = self.run.first.take() else { return self.end_turn() };
+        let more = std::mem::take(&mut self.run.more);
+        let Self { subscribed, route, run, conclusion, .. } = self;
+        let mut concluded = pin!(conclusion.conclude_run(first, more, result));
+        let at_once = poll_fn(|cx| Poll::Ready(concluded.as_mut().poll(cx).is_ready())).await;
+        run.end_turn(subscribed);
+        if !at_once {
+            subscribed.relieve(*route);
+            concluded.await;
+            subscribed.relieved(*route);
         }
-        self.end_turn();
     }
 
     /// Whether a run that has not failed is over: of one event, for which nothing was returned.
     fn is_plain(&self) -> bool {
-        self.run.more.is_empty() && self.outputs.each.is_none() && self.outputs.messages.is_empty()
+        self.run.more.is_empty()
+            && self.conclusion.outputs.each.is_none()
+            && self.conclusion.outputs.messages.is_empty()
     }
 
     fn start<F>(&self, first: &Job, start: impl FnOnce(&[&Message], &Context<'_>) -> Result<F>) -> Result<F> {
@@ -228,7 +232,7 @@ impl Worker {
 
     /// The run as layers see it.
     fn request<F: Future<Output: IntoOutcome> + Send + 'static>(&self, first: &Job, future: F) -> Request {
-        let mut outputs = self.outputs.fresh();
+        let mut outputs = self.conclusion.outputs.fresh();
         Request {
             subscription: self.subscribed.name.clone(),
             messages: self.run.jobs().map(|job| Arc::clone(&job.delivery.message)).collect(),
@@ -255,7 +259,7 @@ impl Worker {
     }
 
     fn take_in(&mut self, returned: impl IntoOutcome) -> Result<(), Failure> {
-        let outputs = &mut self.outputs;
+        let outputs = &mut self.conclusion.outputs;
         match catch_unwind(AssertUnwindSafe(|| returned.into_outcome(outputs))) {
             Err(panic) => Err(Failure::panicked(&panic_text(&*panic))),
             Ok(Err(error)) => Err(Failure::handler(&error, &self.subscribed.config.retry)),
@@ -273,71 +277,6 @@ impl Worker {
         let Some(first) = &self.run.first else { return };
         let failure = Failure::unrouted(&first.delivery.message.event_type);
         self.end_run(Err(failure)).await;
-    }
-
-    /// The result of the only event of a batch, if its handler returned one for each.
-    fn of_one(&mut self) -> Result<(), Failure> {
-        let Some(mut each) = self.outputs.each.take() else { return Ok(()) };
-        match (each.pop(), each.len()) {
-            (Some((_, result)), 0) => result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry)),
-            (last, before) => {
-                let count = before + usize::from(last.is_some());
-                let error = format!("the handler returned {count} results for one event").into();
-                Err(Failure::handler(&error, &self.subscribed.config.retry))
-            }
-        }
-    }
-
-    /// A batch ends as one, unless it has a result for each event; if it failed, its jobs run again one by one, and that
-    /// run counts for none of them.
-    async fn conclude_batch(&mut self, first: Job, more: Vec<Job>, result: Result<(), Failure>) {
-        let each = self.outputs.each.take();
-        let jobs: Vec<_> = std::iter::once(first).chain(more).collect();
-        let published = match (result, each, jobs.split_first()) {
-            (Ok(()), Some(each), _) if each.len() == jobs.len() => return self.conclude_each(jobs, each).await,
-            (Ok(()), None, Some((first, more))) => self.publish_outputs(first, more).await.ok(),
-            _ => None,
-        };
-        if let Some(published) = published {
-            return jobs.into_iter().for_each(|job| self.subscribed.settle(job, published));
-        }
-        self.subscribed.counters.failed.fetch_add(1, Relaxed);
-        self.put_back(jobs, true);
-    }
-
-    /// Each job ends by its own result; those behind one that is to run again, in its lane, run again after it.
-    async fn conclude_each(&mut self, jobs: Vec<Job>, each: Vec<Ended>) {
-        let mut outputs = std::mem::take(&mut self.outputs.messages).into_iter();
-        let (mut behind, mut start) = (Vec::new(), 0);
-        let mut waiting: Vec<(Topic, Key)> = Vec::new();
-        for (job, (end, result)) in jobs.into_iter().zip(each) {
-            // What the one before has left unpublished, for want of its lease, is not this one's.
-            self.outputs.messages.clear();
-            self.outputs.messages.extend(outputs.by_ref().take(end - start));
-            start = end;
-            let Message { topic, key, .. } = &*job.delivery.message;
-            let lane = key.as_ref().filter(|_| self.subscribed.keeps_order).map(|key| (topic.clone(), key.clone()));
-            if lane.as_ref().is_some_and(|lane| waiting.contains(lane)) {
-                behind.push(job);
-                continue;
-            }
-            let result = result.map_err(|error| Failure::handler(&error, &self.subscribed.config.retry));
-            let settled = self.conclude(job, result).await;
-            waiting.extend(lane.filter(|_| !settled));
-        }
-        self.put_back(behind, false);
-    }
-
-    /// Puts jobs back into their lanes, to be run again; `alone` if a batch with them has failed.
-    fn put_back(&self, jobs: Vec<Job>, alone: bool) {
-        let now = Instant::now();
-        self.subscribed.with_lanes(|lanes| {
-            for mut job in jobs {
-                job.alone |= alone;
-                lanes.hold(job, now);
-            }
-        });
-        self.subscribed.pump.notify_one();
     }
 }
 
