@@ -28,6 +28,11 @@ use tokio::time::{Instant, sleep, timeout_at};
 const MAX_MESSAGES: usize = 10_000;
 const MAX_BYTES: usize = 32 * 1024 * 1024;
 
+/// How long a delayed copy or a dead letter waits for others, and how many go at once: alone each is a request of its own, to write it
+/// and to read it. Nobody waits for one, and they come together when something fails.
+const LINGER: Duration = Duration::from_millis(2);
+const FULL: usize = 256;
+
 /// What is told of a message when it was delivered.
 pub(crate) struct Open {
     answer: Answer,
@@ -141,6 +146,8 @@ struct State {
     waiting: VecDeque<Item>,
     /// How many of those that wait are owed: then nobody waits for room.
     owed: usize,
+    /// Not among them: what waits for others like it.
+    lingering: Vec<Item>,
 }
 
 /// Where a message goes, and whether that is later.
@@ -156,9 +163,16 @@ struct Item {
     receipt: Receipt,
 }
 
+impl Item {
+    fn lingers(&self) -> bool {
+        self.owed && (self.delay.is_some() || matches!(self.to.0, Destination::DeadLetter(_)))
+    }
+}
+
 impl Outbox {
     pub(crate) fn start(catalog: &Arc<Catalog>, link: &Arc<Link>, max_payload: usize) -> Result<Arc<Self>> {
-        let state = State { client: None, routes: HashMap::default(), waiting: VecDeque::new(), owed: 0 };
+        let (waiting, lingering) = (VecDeque::new(), Vec::new());
+        let state = State { client: None, routes: HashMap::default(), waiting, owed: 0, lingering };
         let outbox = Arc::new(Self {
             catalog: Arc::clone(catalog),
             link: Arc::clone(link),
@@ -210,6 +224,42 @@ impl Outbox {
 
     fn has_room(&self) -> bool {
         self.count.load(SeqCst) < MAX_MESSAGES && self.bytes.load(SeqCst) < MAX_BYTES
+    }
+
+    /// Hands a message to the client, or lets it wait for its turn.
+    fn pass(&self, state: &mut State, item: Item) {
+        let direct = state.waiting.is_empty() && (item.owed || self.has_room());
+        match (direct, &state.client, state.routes.get(&item.to)) {
+            (true, Some(client), Some(topic)) => self.produce(client, topic, item),
+            _ => {
+                self.waits.store(true, SeqCst);
+                state.owed += usize::from(item.owed);
+                state.waiting.push_back(item);
+                self.changed.notify_one();
+            }
+        }
+    }
+
+    /// Has a message wait for others like it.
+    fn linger(self: &Arc<Self>, state: &mut State, item: Item) {
+        state.lingering.push(item);
+        match state.lingering.len() {
+            1 => {
+                let outbox = Arc::clone(self);
+                tokio::spawn(async move {
+                    sleep(LINGER).await;
+                    outbox.pass_lingering(&mut outbox.state.lock());
+                });
+            }
+            FULL.. => self.pass_lingering(state),
+            _ => {}
+        }
+    }
+
+    fn pass_lingering(&self, state: &mut State) {
+        for item in std::mem::take(&mut state.lingering) {
+            self.pass(state, item);
+        }
     }
 
     /// Hands a message to the client, which copies it and answers by its report.
@@ -386,27 +436,42 @@ impl Outbox {
 
     /// Refuses what comes from now on, and waits until all was answered; returns how much was not.
     pub(crate) async fn close(self: &Arc<Self>, deadline: Instant) -> usize {
-        self.is_closed.store(true, SeqCst);
+        {
+            let mut state = self.state.lock();
+            self.is_closed.store(true, SeqCst);
+            // Before the task may see that nothing waits, and end.
+            self.pass_lingering(&mut state);
+        }
         self.changed.notify_one();
         let idle = async {
             loop {
                 let answered = self.answered.notified();
-                if self.count.load(SeqCst) == 0 && self.state.lock().waiting.is_empty() {
+                if self.left() == 0 {
                     return;
                 }
                 answered.await;
             }
         };
         let _ = timeout_at(deadline, idle).await;
-        let left = self.count.load(SeqCst) + self.state.lock().waiting.len();
+        let left = self.left();
         self.abandon();
         left
+    }
+
+    /// How many are not answered.
+    fn left(&self) -> usize {
+        let state = self.state.lock();
+        self.count.load(SeqCst) + state.waiting.len() + state.lingering.len()
     }
 
     /// Ends at once. What is not answered is answered now: what was never sent was not persisted.
     pub(crate) fn abandon(&self) {
         self.is_closed.store(true, SeqCst);
         self.changed.notify_one();
+        {
+            let state = &mut *self.state.lock();
+            state.waiting.extend(state.lingering.drain(..));
+        }
         self.refuse(|_| true, &closed().with_operation("publish"));
         let client = self.state.lock().client.take();
         if let Some(client) = client {
@@ -448,31 +513,14 @@ impl Publisher for KafkaPublisher {
         let outbox = &self.0;
         let mut refused = Vec::new();
         let mut state = outbox.state.lock();
-        let client = state.client.clone();
-        let mut waits = false;
         for out in batch {
-            let item = match outbox.accept(out) {
-                Ok(item) => item,
-                Err(failed) => {
-                    refused.push(failed);
-                    continue;
-                }
-            };
-            let direct = state.waiting.is_empty() && (item.owed || outbox.has_room());
-            match (direct, &client, state.routes.get(&item.to)) {
-                (true, Some(client), Some(topic)) => outbox.produce(client, &Arc::clone(topic), item),
-                _ => {
-                    waits = true;
-                    outbox.waits.store(true, SeqCst);
-                    state.owed += usize::from(item.owed);
-                    state.waiting.push_back(item);
-                }
+            match outbox.accept(out) {
+                Ok(item) if item.lingers() => outbox.linger(&mut state, item),
+                Ok(item) => outbox.pass(&mut state, item),
+                Err(failed) => refused.push(failed),
             }
         }
         drop(state);
-        if waits {
-            outbox.changed.notify_one();
-        }
         refused.into_iter().for_each(|(receipt, error)| receipt.fail(Fate::NotPersisted, error));
     }
 }

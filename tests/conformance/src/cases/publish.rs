@@ -1,9 +1,9 @@
 //! Promise 1: confirmed means kept.
 
 use super::cases;
-use crate::env::{Env, PATIENCE, Seen, drain, start, within};
+use crate::env::{Env, PATIENCE, Seen, dead_letters, drain, start, subscription, within};
 use crate::events::{Order, Viewed, order, orders};
-use crate::reader::{open, publish, said, saying, spec, submit, topic, topics};
+use crate::reader::{open, publish, said, saying, spec, submit, topic, topics, unordered};
 use std::future::Future;
 use std::time::Duration;
 use tidings::handler::State;
@@ -23,6 +23,7 @@ cases!("publish":
     publishing_where_nobody_reads_is_no_error,
     publishing_after_close_fails_at_once,
     closing_keeps_what_was_submitted,
+    closing_keeps_copies_and_dead_letters_that_were_submitted,
     a_delayed_publish_is_not_early [PublishDelay],
     a_publish_through_a_cut_is_kept_or_fails [Cut],
     a_publish_through_a_restart_is_kept_or_fails [Durable, Restart],
@@ -180,6 +181,26 @@ async fn closing_keeps_what_was_submitted(env: Env) {
     let kept: Vec<_> = kept.collect();
     assert_eq!(kept.len(), 60, "what was submitted before is flushed: {failures:?}");
     reader.ack_all(&kept.iter().map(String::as_str).collect::<Vec<_>>()).await;
+}
+
+/// A transport may have them wait for others like them; not when it closes.
+async fn closing_keeps_copies_and_dead_letters_that_were_submitted(env: Env) {
+    topics(env.transport(), &[ORDERS]).await;
+    let mut reader = open(env.transport(), unordered(&env, "crm", &[ORDERS])).await;
+    let (other, crm) = (env.connect().await, subscription("crm"));
+    let owed = |to, text, delay| (to, saying(ORDERS, "ada", text), delay, true);
+    let soon = Some(Duration::from_millis(20));
+    let copies = (0..10).map(|n| owed(Destination::Subscription(crm.clone()), n, soon));
+    let letters = (10..15).map(|n| owed(Destination::DeadLetter(crm.clone()), n, None));
+    let posts: Vec<_> = copies.chain(letters).collect();
+    let answers = tidings_core::transport::submit_and_wait(&*other.publisher(), &posts);
+    within("closing", other.close(Instant::now() + PATIENCE)).await.unwrap();
+    let failures = within("the answers", answers).await;
+    assert!(failures.is_empty(), "what was submitted before is flushed: {failures:?}");
+    let mut came = reader.texts(10).await;
+    came.sort();
+    assert_eq!(came, (0..10).map(|n| n.to_string()).collect::<Vec<_>>());
+    dead_letters(env.transport(), "crm", 5).await;
 }
 
 async fn a_delayed_publish_is_not_early(env: Env) {
