@@ -91,7 +91,7 @@ impl Bits {
     /// Writes the lowest `count` bits.
     fn put(&mut self, bits: u64, count: u32) {
         for at in (0..count).rev() {
-            if self.count % 8 == 0 {
+            if self.count.is_multiple_of(8) {
                 self.bytes.push(0);
             }
             if let Some(last) = self.bytes.last_mut() {
