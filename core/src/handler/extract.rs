@@ -156,7 +156,8 @@ pub struct Delivered {
     /// Which run of the handler for this event this is, from 1.
     pub attempt: u32,
     /// A handler may have begun or finished with it before: it was handed out again, published again without knowing
-    /// whether the first had arrived, replayed, or seen here lately. Not said of a retry, which has an `attempt`.
+    /// whether the first had arrived, replayed, returned by a handler that was told so, or seen here lately. Not said of
+    /// a retry, which has an `attempt`.
     pub possible_duplicate: bool,
     /// It was read by a replay.
     pub replayed: bool,

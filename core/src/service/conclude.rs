@@ -174,8 +174,12 @@ impl Conclusion {
         let now = bus.clock().now();
         link(&mut self.outputs.messages, &job.delivery.message, others, subscribed.name.as_str());
         self.posts.clear();
+        let repeated = std::iter::once(job).chain(others).any(|job| job.possible_duplicate);
         let mut checked = Ok(());
-        for message in self.outputs.messages.drain(..) {
+        for mut message in self.outputs.messages.drain(..) {
+            if repeated {
+                mark_as_repeat(&mut message);
+            }
             checked = checked.and_then(|()| bus.post(message, None, now).map(|post| self.posts.push(post)));
         }
         let sent = match checked {
@@ -241,9 +245,8 @@ impl Conclusion {
     async fn step_aside(&self, job: Job, delay: Duration, failure: Failure) {
         let mut message = Message::clone(&job.delivery.message);
         job.failures.write(&mut message);
-        if job.possible_duplicate && message.headers.get(header::REPEAT).is_none() {
-            // A copy like this one may be there already.
-            message.headers.set(header::REPEAT, "1");
+        if job.possible_duplicate {
+            mark_as_repeat(&mut message);
         }
         let destination = Destination::Subscription(self.subscribed.name.clone());
         match self.owe(&[Post { destination, message: message.into(), delay: Some(delay) }], false).await {
@@ -376,6 +379,13 @@ impl Conclusion {
             }
         });
         self.subscribed.pump.notify_one();
+    }
+}
+
+/// A message like this one may be there already: what leads to it was perhaps handled before.
+fn mark_as_repeat(message: &mut Message) {
+    if message.headers.get(header::REPEAT).is_none() {
+        message.headers.set(header::REPEAT, "1");
     }
 }
 

@@ -3,6 +3,8 @@
 use crate::transport::BoxFuture;
 use parking_lot::Mutex;
 use std::future::poll_fn;
+use std::ops::Deref;
+use std::sync::Arc;
 use tokio::task::JoinSet;
 
 /// More may come while it works; none any more once it was ended.
@@ -33,5 +35,23 @@ impl Crew {
         let mut state = self.0.lock();
         state.ended = true;
         state.tasks.abort_all();
+    }
+}
+
+/// Whoever has a crew. Its workers know it, so it ends with this and not by itself.
+#[derive(Default)]
+pub(super) struct Foreman(Arc<Crew>);
+
+impl Deref for Foreman {
+    type Target = Arc<Crew>;
+
+    fn deref(&self) -> &Arc<Crew> {
+        &self.0
+    }
+}
+
+impl Drop for Foreman {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }

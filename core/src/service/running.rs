@@ -1,7 +1,7 @@
 //! A service that runs: its tasks, its numbers, its end.
 
 use super::Subscribed;
-use super::crew::Crew;
+use super::crew::{Crew, Foreman};
 use super::pump::{Pumped, pump};
 use crate::transport::{Flushed, Health, Role, Subscription};
 use crate::{Error, ErrorKind, Result};
@@ -19,7 +19,9 @@ use tokio::time::{Instant, timeout_at};
 pub struct Running {
     stop: watch::Sender<bool>,
     subscribed: Vec<Arc<Subscribed>>,
-    workers: Arc<Crew>,
+    /// After `stop`, which wakes the pumps: where one thread runs all, an instance that is dropped has lost its leases before
+    /// its workers end, as one that dies.
+    workers: Foreman,
     pumps: JoinSet<Pumped>,
     /// Subscriptions that have ended by themselves, still to be closed. Locked, so that this can be shared.
     ended: Mutex<Vec<Box<dyn Subscription>>>,
@@ -92,7 +94,13 @@ impl Counters {
 impl Running {
     pub(super) fn new() -> Self {
         let stop = watch::Sender::new(false);
-        Self { stop, subscribed: Vec::new(), pumps: JoinSet::new(), workers: Arc::default(), ended: Mutex::default() }
+        Self {
+            stop,
+            subscribed: Vec::new(),
+            pumps: JoinSet::new(),
+            workers: Foreman::default(),
+            ended: Mutex::default(),
+        }
     }
 
     pub(super) fn crew(&self) -> &Arc<Crew> {
@@ -241,13 +249,6 @@ impl Running {
             drained.flushed.unknown += flushed.unknown;
         }
         drained
-    }
-}
-
-/// What works on leases ends before the pumps, and with them the leases.
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.workers.end();
     }
 }
 

@@ -469,7 +469,7 @@ mod tests {
         let name: Arc<str> = "shop".into();
         let mut part = Part::new(&name, 0, Kind::Topic, false);
         part.reserved = u64::MAX;
-        for offset in 0..10_000 {
+        for offset in 0..40_000 {
             assert!(part.fetched(offset));
             part.push(item(offset));
         }

@@ -5,7 +5,7 @@ use crate::env::{Env, Seen, dead_letters, drain, eventually, start, subscription
 use crate::events::{Invoice, ORDERS, Order, orders, publishing, rounds};
 use crate::history::{Act, History};
 use crate::instance::Instance;
-use crate::reader::provision;
+use crate::reader::{provision, saying, submit};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 use tidings::Event;
 use tidings::handler::{Delivered, Each, Metadata, State};
-use tidings_core::transport::DeadLetter;
-use tidings_core::{Batch, HandlerError, MessageId, RetryPolicy, Service, SubscriptionConfig};
+use tidings_core::transport::{DeadLetter, Destination};
+use tidings_core::{Batch, HandlerError, MessageId, RetryPolicy, Service, SubscriptionConfig, header};
 use tokio::time::Instant;
 
 cases!("composition":
@@ -25,6 +25,7 @@ cases!("composition":
     a_retry_aside_goes_on_in_the_next_instance_where_it_was,
     a_redriven_dead_letter_disturbs_no_later_event [KeyOrdering],
     a_chain_survives_a_crash_in_the_middle_with_the_same_ids [KeyOrdering],
+    what_comes_of_a_possible_duplicate_is_one,
     a_subscription_that_fails_touches_no_other [KeyOrdering],
     all_at_once_loses_and_reorders_nothing [KeyOrdering],
 );
@@ -226,6 +227,30 @@ fn arrived(parcels: &[(String, u64, MessageId, bool)]) {
         }
     }
     assert!(lanes.values().all(|lane| lane.len() == 20) && lanes.len() == 8, "{:?}", lanes.len());
+}
+
+/// Who receives it may never have seen the first.
+async fn what_comes_of_a_possible_duplicate_is_one(env: Env) {
+    let (bus, invoices) = (env.bus(), Seen::<(u64, bool)>::default());
+    let note = async |invoice: Invoice, delivered: Delivered, State(seen): State<Seen<(u64, bool)>>| {
+        seen.push((invoice.number, delivered.possible_duplicate));
+    };
+    let crm = start(Service::new("crm").state(invoices.clone()).on(note), &bus).await;
+    let bill = async |order: Order| Invoice { customer: order.customer, number: order.number };
+    let billing = start(Service::new("billing").on(bill), &bus).await;
+    bus.publish(&orders("ada", 1)[0]).await.unwrap();
+    let mut repeat = saying(ORDERS, "ada", r#"{"customer":"ada","number":1}"#);
+    repeat.headers.append_unchecked(header::REPEAT, "1");
+    repeat.event_type = ORDERS.into();
+    repeat.content_type = "application/json".into();
+    let failures = submit(env.transport(), &[(Destination::Topic(repeat.topic.clone()), repeat, None, false)]).await;
+    assert!(failures.is_empty(), "{failures:?}");
+    invoices.count(2).await;
+    let mut seen = invoices.all();
+    seen.sort_unstable();
+    assert_eq!(seen, [(0, false), (1, true)]);
+    drain(billing).await;
+    drain(crm).await;
 }
 
 async fn a_subscription_that_fails_touches_no_other(env: Env) {
