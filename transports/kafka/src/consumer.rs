@@ -554,8 +554,8 @@ impl Driver {
 
     /// Where the owner before has ended. What is not in the log yet it cannot have handed out.
     fn continued(&self, place: &Place, offset: u64, elem: &TopicPartitionListElem<'_>) -> Result<(u64, Marks)> {
-        // The client panics at metadata that is not UTF-8.
-        let metadata = catch_unwind(AssertUnwindSafe(|| elem.metadata().to_owned())).unwrap_or_default();
+        // The client panics at metadata that is not UTF-8, which is nobody's that can be read.
+        let metadata = catch_unwind(AssertUnwindSafe(|| elem.metadata().to_owned())).unwrap_or_else(|_| "?".into());
         let mut before = marks::decode(offset, &metadata);
         if before.handed > offset {
             before.handed = before.handed.min(self.instance.catalog.ends(&place.0, place.1)?.1);

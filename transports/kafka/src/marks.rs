@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD_NO_PAD;
 const MAX_BITS: usize = 24_000;
 /// What two numbers need at most.
 const TWO_NUMBERS: usize = 2 * 128;
-/// What is not ours, or of another version, begins otherwise.
+/// What is of another version, or not ours, begins otherwise.
 const VERSION: &str = "t2:";
 
 /// What the former owner of a partition has told.
@@ -64,9 +64,14 @@ pub(crate) fn encode(offset: u64, handed: u64, beyond: impl Iterator<Item = u64>
     (format!("{VERSION}{}", STANDARD_NO_PAD.encode(bits.bytes)), left)
 }
 
-/// What the metadata of a commit of `offset` says; nothing if it is not ours.
+/// What the metadata of a commit of `offset` says. Who wrote what cannot be read may have handed out anything.
 pub(crate) fn decode(offset: u64, metadata: &str) -> Marks {
-    let bytes = metadata.strip_prefix(VERSION).and_then(|text| STANDARD_NO_PAD.decode(text).ok()).unwrap_or_default();
+    if metadata.is_empty() {
+        return Marks::handed_out(offset);
+    }
+    let Some(bytes) = metadata.strip_prefix(VERSION).and_then(|text| STANDARD_NO_PAD.decode(text).ok()) else {
+        return Marks::handed_out(u64::MAX);
+    };
     let mut bits = bytes.iter().flat_map(|byte| (0..8).rev().map(move |at| u64::from(byte >> at & 1)));
     let bits = &mut bits;
     let mut marks = Marks { handed: offset.saturating_add(take_number(bits, 0).unwrap_or(0)), settled: Vec::new() };
@@ -185,9 +190,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_says_nothing() {
-        for metadata in ["", "t2:", "t2:!!", "somebody else's", "t2:AAAAAAAAAAAAAAAAAAAA", "t3:gAAA"] {
-            assert_eq!(decode(7, metadata), Marks { handed: 7, settled: Vec::new() }, "{metadata}");
+    fn what_cannot_be_read_may_mean_anything_but_settled() {
+        for (metadata, handed) in [
+            ("", 7),
+            ("t2:", 7),
+            ("t2:AAAAAAAAAAAAAAAAAAAA", 7),
+            ("t2:!!", u64::MAX),
+            ("t1:gAAA", u64::MAX),
+            ("?", u64::MAX),
+        ] {
+            assert_eq!(decode(7, metadata), Marks { handed, settled: Vec::new() }, "{metadata}");
         }
     }
 }
