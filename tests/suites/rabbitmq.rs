@@ -5,6 +5,7 @@ mod authority;
 
 use authority::Authority;
 use futures_util::future::join_all;
+use lapin::types::{AMQPValue, FieldTable};
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::{BufRead, BufReader};
@@ -211,6 +212,32 @@ async fn a_queue_deleted_under_its_consumer_comes_back() {
     assert!(submit_and_wait(&*transport.publisher(), &[post]).await.is_empty());
     assert_eq!(next(&mut subscription).await, "again");
     remove(&transport, &config).await;
+}
+
+/// Whoever created the delays may have ended in the middle: then the register does not know them yet.
+#[tokio::test]
+async fn delays_that_were_not_created_to_the_end_are_created_by_the_next() {
+    let Some((_server, config)) = server("undone") else { return };
+    let to = Destination::Subscription(spec().name);
+    let post = |text: &str| (to.clone(), message(text), Some(Duration::from_millis(200)), true);
+    let first = RabbitMqTransport::connect(config.clone()).await.unwrap();
+    let mut subscription = first.subscribe(spec()).await.unwrap();
+    let client = first.native().downcast_ref::<RabbitMqClient>().unwrap();
+    let channel = client.publishing().await.unwrap().create_channel().await.unwrap();
+    // What a crash may leave: the last queue, as it is created, but not what leads there.
+    let named = |level| format!("{}:_tidings.delay.{level:02}", config.namespace);
+    let mut arguments = FieldTable::default();
+    let text = |text: &str| AMQPValue::LongString(text.into());
+    arguments.insert("x-queue-type".into(), text("quorum"));
+    arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(50 << 10));
+    arguments.insert("x-dead-letter-exchange".into(), text(&named(9)));
+    arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
+    arguments.insert("x-overflow".into(), text("reject-publish"));
+    let durable = lapin::options::QueueDeclareOptions::durable();
+    channel.queue_declare(named(10).as_str().into(), durable, arguments).await.unwrap();
+    assert!(submit_and_wait(&*first.publisher(), &[post("1")]).await.is_empty());
+    assert_eq!(next(&mut subscription).await, "1");
+    remove(&first, &config).await;
 }
 
 #[tokio::test]

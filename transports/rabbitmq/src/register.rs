@@ -30,6 +30,8 @@ pub(crate) struct Register {
     version: u64,
     pub(crate) topics: BTreeMap<String, TopicTerms>,
     pub(crate) subscriptions: BTreeMap<String, Terms>,
+    /// So many levels of the delay chain, each to its end.
+    pub(crate) levels: usize,
 }
 
 /// What a topic was created with.

@@ -36,6 +36,8 @@ pub(crate) struct Topology {
     pub(crate) names: Names,
     /// Within one connection, who changes something takes turns here.
     turn: Mutex<()>,
+    /// Who has the delay chain created; the others wait.
+    delay: Mutex<()>,
     /// How many levels of the delay chain are known to exist.
     levels: AtomicUsize,
 }
@@ -50,6 +52,7 @@ impl Topology {
             link: Arc::clone(link),
             names: Names::new(&config.namespace),
             turn: Mutex::new(()),
+            delay: Mutex::default(),
             levels: AtomicUsize::new(0),
         }
     }
@@ -347,28 +350,24 @@ impl Topology {
     /// that takes each to it, or past it. Whoever else needs them meanwhile waits.
     pub(crate) async fn levels(&self, count: usize) -> Result<()> {
         let count = count.max(FIRST_LEVELS);
-        let _turn = self.turn.lock().await;
+        let _delay = self.delay.lock().await;
         if self.has_levels(count) {
             return Ok(());
         }
-        let lock = Lock::take(&self.link, self.names.lock("delay")?, self.config.timeout()).await?;
-        let created = self.create_levels(count).await;
-        lock.free().await;
-        created?;
+        self.registered(async |register| {
+            if register.levels >= count {
+                return Ok(());
+            }
+            let channel = self.link.channel().await?;
+            for level in register.levels..count {
+                self.level(&channel, level).await?;
+            }
+            register.levels = count;
+            remembered(true).await
+        })
+        .await?;
         self.levels.fetch_max(count, SeqCst);
         Ok(())
-    }
-
-    async fn create_levels(&self, count: usize) -> Result<()> {
-        let there = async { present(&self.link.channel().await?, &self.names.delay(count - 1)?).await };
-        if self.link.within("the delay chain", there).await.is_ok() {
-            return Ok(());
-        }
-        for level in self.levels.load(SeqCst)..count {
-            let work = async { self.level(&self.link.channel().await?, level).await };
-            self.link.within("the delay chain", work).await?;
-        }
-        remembered(true).await
     }
 
     async fn level(&self, channel: &Channel, level: usize) -> Result<()> {
