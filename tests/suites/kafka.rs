@@ -7,8 +7,10 @@ mod authority;
 
 use base64::Engine;
 use std::collections::HashMap;
+use std::fmt::Debug;
 #[cfg(feature = "kafka-tls")]
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tidings::handler::Delivered;
@@ -188,11 +190,18 @@ async fn by_tls_only_a_trusted_server_and_only_a_known_client() {
 
 /// `TIDINGS_TEST_EVENTS=500000` with `--release` is for a run by hand that lasts long enough to compare.
 fn events() -> u64 {
-    std::env::var("TIDINGS_TEST_EVENTS").map_or(10_000, |text| text.parse().unwrap())
+    given("TIDINGS_TEST_EVENTS", 10_000)
 }
 
-/// One in a hundred that waits a second and a half for its attempts takes a place so long.
-const WINDOW: usize = 4_096;
+/// One in a hundred that waits for its attempts takes a place so long: the faster the others go, the more are needed
+/// (`TIDINGS_TEST_IN_FLIGHT`).
+fn window() -> usize {
+    given("TIDINGS_TEST_IN_FLIGHT", 4_096)
+}
+
+fn given<T: FromStr<Err: Debug>>(name: &str, else_this: T) -> T {
+    std::env::var(name).map_or(else_this, |text| text.parse().unwrap())
+}
 
 /// How often each is measured.
 const ROUNDS: usize = 3;
@@ -222,7 +231,7 @@ async fn handle(order: Order, told: Delivered, State(attempts): State<Attempts>)
 async fn handled_in(server: &Server, namespace: &str, policy: RetryPolicy, failing: u64) -> Duration {
     let url = format!("{}/?namespace={namespace}", server.url());
     let bus = Bus::connect(Config::from_url(&url).unwrap()).await.unwrap();
-    let settings = || SubscriptionConfig::default().max_in_flight(WINDOW).retry(policy.clone());
+    let settings = || SubscriptionConfig::default().max_in_flight(window()).retry(policy.clone());
     let attempts = Attempts::default();
     let service = || Service::new("billing").state(attempts.clone()).on_with(settings(), handle);
     service().provision(&bus).await.unwrap();
@@ -267,9 +276,10 @@ async fn what_always_fails_is_dead_lettered_after_exact_attempts() {
     });
     let ratio = |took: Duration| clean.as_secs_f64() / took.as_secs_f64();
     println!(
-        "{} events, max_in_flight {WINDOW}: {clean:.2?} without failures; with 1 % that always fail the others took \
+        "{} events, max_in_flight {}: {clean:.2?} without failures; with 1 % that always fail the others took \
          {in_order:.2?} in order ({:.2}x) and {aside:.2?} aside ({:.2}x); medians of {ROUNDS}",
         events(),
+        window(),
         ratio(in_order),
         ratio(aside)
     );
